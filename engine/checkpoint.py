@@ -1,0 +1,136 @@
+"""Checkpoints that are whole or not there: safetensors and JSON under a manifest of sizes and SHA-256, published by rename.
+
+    checkpoints/step-000000100/   manifest.json  model.safetensors  optimizer.safetensors  state.json
+
+Written to a temporary folder, fsynced, renamed, the parent fsynced, read again and compared; only then are older ones
+removed. Only a checkpoint whose every byte agrees with its manifest is loaded. There is no pickle in it.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from engine.errors import CHECKPOINT, ENVIRONMENT, EngineError
+
+NAME = re.compile(r"step-(\d{9})")
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """`model`: the trained weights by name. `optimizer`: its moments. `state`: step, scale, identity and the like, as JSON."""
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def save(folder: Path, step: int, snapshot: Snapshot, keep: int, best: int | None) -> Path:
+    """Publishes a checkpoint of `step` finished steps under `folder`, then removes all but the `keep` newest and `best`."""
+    target = folder / f"step-{step:09d}"
+    building = folder / f".tmp-{target.name}"
+    try:
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir(parents=True)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in snapshot.model.items()}, building / FILES[0])
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in snapshot.optimizer.items()}, building / FILES[1])
+        (building / FILES[2]).write_text(json.dumps({**snapshot.state, "step": step}, indent=2) + "\n", encoding="utf-8")
+        manifest = {"format": 1, "step": step, "files": {name: {"bytes": (building / name).stat().st_size, "sha256": _sha256(building / name)} for name in FILES}}
+        (building / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        for path in building.iterdir():
+            _fsync(path)
+        _fsync(building)
+        if target.exists():  # of the same step, and not loaded: it was damaged
+            shutil.rmtree(target)
+        os.rename(building, target)
+        _fsync(folder)
+    except OSError as error:
+        raise EngineError("ENVIRONMENT-CHECKPOINT", f"{target}: cannot be written: {error}; older checkpoints are untouched", ENVIRONMENT) from error
+    if problem := damage(target):
+        raise EngineError("CHECKPOINT-WRITTEN", f"{target}: reads back differently from what was written: {problem}; is the disk sound?", CHECKPOINT)
+    older = [number for number in _steps(folder) if number < step]
+    for number in older[: max(0, len(older) - (keep - 1))]:
+        if number != best:
+            shutil.rmtree(folder / f"step-{number:09d}", ignore_errors=True)
+    return target
+
+
+def newest_whole(folder: Path) -> int | None:
+    """The step of the newest checkpoint that is whole; None where there never was one. One warning names those passed over.
+
+    Raises:
+        EngineError: there are checkpoints and none is whole. A run with a history is never silently begun anew.
+    """
+    damaged = []
+    for step in reversed(_steps(folder)):
+        problem = damage(folder / f"step-{step:09d}")
+        if problem is None:
+            if damaged:
+                print(f"WARNING: passing over damaged checkpoints: {'; '.join(damaged)}. Going on from step {step}", file=sys.stderr, flush=True)
+            return step
+        damaged.append(f"step-{step:09d}: {problem}")
+    if damaged:
+        raise EngineError("CHECKPOINT-NONE", f"{folder}: no checkpoint is whole ({'; '.join(damaged)}); expected at least one. "
+                          "Restore one, or choose another run.name to begin anew", CHECKPOINT)
+    return None
+
+
+def load(folder: Path, step: int) -> Snapshot:
+    """The checkpoint of `step`, verified once more as it is read."""
+    path = folder / f"step-{step:09d}"
+    if problem := damage(path):
+        raise EngineError("CHECKPOINT-DAMAGED", f"{path}: {problem}", CHECKPOINT)
+    return Snapshot(load_file(path / FILES[0]), load_file(path / FILES[1]), json.loads((path / FILES[2]).read_text(encoding="utf-8")))
+
+
+def damage(path: Path) -> str | None:
+    """What keeps a checkpoint from being whole, or None."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        files = manifest["files"]
+        if manifest["format"] != 1 or sorted(files) != sorted(FILES) or path.name != f"step-{manifest['step']:09d}":
+            return "manifest.json belongs to something else"
+        for name in FILES:
+            size = (path / name).stat().st_size
+            if size != files[name]["bytes"]:
+                return f"{name} has {size} bytes, expected {files[name]['bytes']}"
+            if _sha256(path / name) != files[name]["sha256"]:
+                return f"{name} has another SHA-256 than the manifest"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"cannot be read: {error}"
+    return None
+
+
+def compare_identity(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Raises EngineError that names every part in which a checkpoint's run differs from the one that would go on."""
+    if different := [f"{key}: {saved.get(key)} → {current.get(key)}" for key in sorted(saved.keys() | current.keys()) if saved.get(key) != current.get(key)]:
+        raise EngineError("CHECKPOINT-IDENTITY", f"{path}: belongs to a run that differs (checkpoint → now): {'; '.join(different)}; "
+                          "undo the change, or choose another run.name", CHECKPOINT)
+
+
+def _steps(folder: Path) -> list[int]:
+    if not folder.is_dir():
+        return []
+    return sorted(int(match[1]) for entry in folder.iterdir() if (match := NAME.fullmatch(entry.name)))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

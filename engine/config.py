@@ -1,0 +1,305 @@
+"""Every option there is, as dataclasses; `load` turns a recipe and `key=value` arguments into one `Recipe`.
+
+Nothing here imports torch: a mistake in a recipe is told within a second, and all mistakes are told at once.
+"""
+
+import difflib
+import sys
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from engine.errors import EngineError
+
+DEFAULT_RECIPE = "recipes/quickstart.yaml"
+
+
+def option(default: Any, text: str, choices: tuple = (), low: float | None = None, high: float | None = None) -> Any:
+    """A dataclass field with its one line of documentation and the values it may take (`low`, `high` inclusive)."""
+    metadata = {"text": text, "choices": choices, "low": low, "high": high}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class Run:
+    folder: str = option("runs", "folder that holds run directories")
+    name: str | None = option(None, "name of the run directory; the recipe's file name if not given")
+
+
+@dataclass
+class Model:
+    path: str = option("", "folder in Hugging Face layout: config.json, *.safetensors, tokenizer.model or tokenizer.json")
+    init: str = option("pretrained", "where weights come from: the folder, or random by its config.json", ("pretrained", "random"))
+    dtype: str = option("fp32", "type of frozen weights; trained weights are fp32 always", ("fp32", "bf16", "fp16"))
+    dropout: float = option(0.0, "share of each block's two outputs zeroed in training", low=0, high=0.9)
+
+
+@dataclass
+class Data:
+    train: str = option("", "JSONL file of training rows: instruction, input, output")
+    validation: str | None = option(None, "JSONL file of held-out rows of the same form; none: no evaluation")
+    template: str = option("alpaca", "how a row becomes a prompt", ("alpaca", "chatml", "plain"))
+    max_length: int = option(2048, "tokens in a sequence, template and end-of-sequence included", low=2)
+    too_long: str = option("error", "a row over max_length", ("error", "truncate", "drop"))
+    packing: bool = option(True, "fill sequences with several rows; attention never crosses rows")
+    shuffle: bool = option(True, "new order each epoch; false keeps the file's order")
+    cache: str = option("runs/.cache", "folder for tokenised rows, keyed by content")
+
+
+@dataclass
+class Lora:
+    rank: int = option(0, "rank of the adapters; 0 trains all weights instead", low=0)
+    alpha: float = option(16.0, "adapters are scaled by alpha / rank", low=0)
+    dropout: float = option(0.0, "share of an adapter's input zeroed in training", low=0, high=0.9)
+    targets: list[str] = option(["q_proj", "v_proj"], "names of the linear layers that get adapters")
+
+
+@dataclass
+class Optim:
+    lr: float = option(2e-5, "peak learning rate", low=0)
+    beta1: float = option(0.9, "AdamW: decay of the first moment per step", low=0, high=1)
+    beta2: float = option(0.999, "AdamW: decay of the second moment per step", low=0, high=1)
+    eps: float = option(1e-8, "AdamW: added to the root of the second moment", low=0)
+    weight_decay: float = option(0.0, "AdamW: decay of matrices; vectors are never decayed", low=0)
+    clip_norm: float = option(1.0, "largest gradient norm, longer ones are scaled down; 0 never clips", low=0)
+    schedule: str = option("cosine", "learning rate after warm-up", ("constant", "linear", "cosine", "wsd"))
+    warmup_ratio: float = option(0.0, "share of all steps spent warming up", low=0, high=1)
+    warmup_steps: int | None = option(None, "steps spent warming up, in place of warmup_ratio", low=0)
+    decay_ratio: float = option(0.2, "wsd: share of all steps in the final decay", low=0, high=1)
+    min_lr_ratio: float = option(0.0, "learning rate at the end, as a share of lr", low=0, high=1)
+
+
+@dataclass
+class Train:
+    seed: int = option(0, "decides order, initial weights and dropout", low=0)
+    device: str = option("auto", "auto takes CUDA where it is", ("auto", "cpu", "cuda"))
+    epochs: int = option(1, "passes over the training rows", low=1)
+    max_steps: int | None = option(None, "stop after this many optimizer steps", low=1)
+    global_batch: int = option(32, "sequences in an optimizer step, over all ranks", low=1)
+    micro_batch: int = option(4, "sequences in one forward on one rank; accumulation follows from it", low=1)
+    precision: str = option("fp32", "type of the arithmetic; bf16 and fp16 by autocast", ("fp32", "bf16", "fp16"))
+    loss_scale: float = option(65536.0, "fp16: first loss scale; it halves on overflow", low=1)
+    loss_scale_growth: int = option(2000, "fp16: steps without overflow after which the scale doubles", low=1)
+    activation_checkpointing: int = option(0, "recompute activations: 0 never, 1 in every block, n in every n-th block", low=0)
+    attention: str = option("auto", "attention over packed rows; auto names its choice", ("auto", "sdpa", "reference"))
+    timeout_s: float = option(600.0, "seconds a rank waits for the others", low=1)
+
+
+@dataclass
+class Evaluate:
+    every_steps: int = option(0, "steps between evaluations; 0: only at ends of epochs", low=0)
+    each_epoch: bool = option(True, "evaluate at the end of each epoch")
+    at_start: bool = option(True, "evaluate before the first step")
+    rows: int = option(0, "validation rows used during training; 0 takes all. The last evaluation takes all", low=0)
+    exact_match_rows: int = option(0, "rows answered greedily and compared with their output; -1 all, 0 none", low=-1)
+    exact_match_during: bool = option(False, "count exact matches at every evaluation, not only the last")
+    max_new_tokens: int = option(128, "tokens generated at most for a row", low=1)
+    samples: int = option(3, "rows whose answers are shown and sent to TensorBoard", low=0)
+
+
+@dataclass
+class Checkpoint:
+    every_steps: int = option(0, "steps between checkpoints; 0: only at ends of epochs", low=0)
+    each_epoch: bool = option(True, "save at the end of each epoch")
+    keep: int = option(2, "newest checkpoints kept, beside the best", low=1)
+    export: bool = option(True, "write export/model or export/adapter at the end")
+
+
+@dataclass
+class Log:
+    every_steps: int = option(1, "steps between lines on the console; metrics.jsonl has every step", low=1)
+    tensorboard: bool = option(True, "write TensorBoard events")
+
+
+@dataclass
+class Recipe:
+    run: Run = field(default_factory=Run)
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    lora: Lora = field(default_factory=Lora)
+    optim: Optim = field(default_factory=Optim)
+    train: Train = field(default_factory=Train)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    log: Log = field(default_factory=Log)
+
+
+def options() -> dict[str, Any]:
+    """`section.key` -> dataclass field, for every option."""
+    return {f"{section.name}.{key.name}": key for section in fields(Recipe) for key in fields(section.default_factory)}
+
+
+# Options that may differ between the launches of one run: they place, pace or show the work and leave its result alone.
+# What data and model paths hold is compared by content instead.
+HARDWARE = ("run.", "log.", "evaluate.", "checkpoint.", "data.cache", "data.train", "data.validation", "model.path", "train.device",
+            "train.micro_batch", "train.activation_checkpointing", "train.attention", "train.timeout_s")
+
+
+def flat(recipe: Recipe) -> dict[str, Any]:
+    """`section.key` -> value."""
+    return {key: getattr(getattr(recipe, key.split(".")[0]), key.split(".")[1]) for key in options()}
+
+
+def semantic(recipe: Recipe) -> dict[str, Any]:
+    """The options that decide the result of a run."""
+    return {key: value for key, value in flat(recipe).items() if not key.startswith(HARDWARE)}
+
+
+def load(argv: list[str]) -> Recipe:
+    """Defaults, then the recipe's YAML (first argument that is no `key=value`), then `key=value` arguments.
+
+    Raises:
+        EngineError: every mistake found, a line each, with file and line and the nearest valid key.
+    """
+    if "-h" in argv or "--help" in argv:
+        print(help_text())
+        sys.exit(0)
+    overrides = [argument for argument in argv if "=" in argument]
+    paths = [argument for argument in argv if "=" not in argument] or [DEFAULT_RECIPE]
+    if len(paths) > 1:
+        raise EngineError("CONFIG-ARGUMENTS", f"got recipes {', '.join(paths)}, expected one; options are written key=value")
+    merged = OmegaConf.structured(Recipe)
+    problems: list[str] = []
+    where: dict[str, str] = {}
+    for key, value, place in [*_leaves_of_file(Path(paths[0]), problems), *_leaves_of_arguments(overrides, problems)]:
+        where[key] = place
+        problem = _assign(merged, key, value)
+        if problem:
+            problems.append(f"{place}: {problem}")
+    if not problems:
+        recipe = OmegaConf.to_object(merged)
+        recipe.run.name = recipe.run.name or Path(paths[0]).stem
+        problems = [f"{where.get(key, paths[0])}: {key} {text}" for key, text in _contradictions(recipe)]
+    if problems:
+        raise EngineError("CONFIG-RECIPE", ("\n" + "ERROR E-CONFIG-RECIPE ").join(problems))
+    return recipe
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML; `load` gives the same recipe back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(recipe))
+
+
+def help_text() -> str:
+    lines = ["usage: python -m engine.train [RECIPE.yaml] [section.key=value ...]",
+             "example: torchrun --nproc_per_node=8 -m engine.train recipes/llama2_7b_lora.yaml optim.lr=1e-4", ""]
+    for key, spec in options().items():
+        default = spec.default if spec.default is not MISSING else spec.default_factory()
+        allowed = f" ({' | '.join(spec.metadata['choices'])})" if spec.metadata["choices"] else ""
+        lines.append(f"  {key:<32} {spec.metadata['text']}{allowed} [{default}]")
+    return "\n".join(lines)
+
+
+def _leaves_of_file(path: Path, problems: list[str]) -> Iterator[tuple[str, Any, str]]:
+    """(dotted key, value, path:line) for every leaf of a YAML recipe. Plain YAML: no tags, so nothing is executed."""
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except OSError as error:
+        problems.append(f"{path}: cannot be read ({error.strerror}); expected a recipe such as {DEFAULT_RECIPE}")
+        return
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        problems.append(f"{path}:{mark.line + 1 if mark else 1}: not YAML: {getattr(error, 'problem', error)}")
+        return
+    if root is not None:
+        yield from _leaves_of_node(root, "", path, problems, set())
+
+
+def _leaves_of_node(node: yaml.Node, prefix: str, path: Path, problems: list[str], seen: set) -> Iterator[tuple[str, Any, str]]:
+    if not isinstance(node, yaml.MappingNode):
+        problems.append(f"{path}:{node.start_mark.line + 1}: got a {node.id}, expected sections of options")
+        return
+    for key_node, value_node in node.value:
+        key, place = prefix + str(key_node.value), f"{path}:{key_node.start_mark.line + 1}"
+        if key in seen:
+            problems.append(f"{place}: {key} is given twice; keep one")
+            continue
+        seen.add(key)
+        try:
+            value = yaml.SafeLoader("").construct_object(value_node, deep=True)
+        except yaml.YAMLError as error:
+            problems.append(f"{place}: {key}: {getattr(error, 'problem', error)}")
+            continue
+        if isinstance(value_node, yaml.MappingNode) and "." not in key and key in {section.name for section in fields(Recipe)}:
+            yield from _leaves_of_node(value_node, key + ".", path, problems, seen)
+        else:
+            yield key, value, place
+
+
+def _leaves_of_arguments(arguments: list[str], problems: list[str]) -> Iterator[tuple[str, Any, str]]:
+    for argument in arguments:
+        key, text = argument.split("=", 1)
+        try:
+            yield key, yaml.safe_load(text), "command line"
+        except yaml.YAMLError:
+            problems.append(f"command line: {argument}: the value is not YAML; quote it")
+
+
+def _assign(merged: Any, key: str, value: Any) -> str | None:
+    """Sets one option; returns what is wrong with it, if anything."""
+    known = options()
+    if key not in known:
+        return f"unknown option {key}{_nearest(key, list(known))}"
+    metadata = known[key].metadata
+    kind = known[key].type
+    if isinstance(value, bool) and kind is not bool:
+        return f"{key}: got {value}, expected {_kind(kind)}"
+    try:
+        OmegaConf.update(merged, key, value, merge=False)
+        value = OmegaConf.select(merged, key)
+    except OmegaConfBaseException:
+        return f"{key}: got {value!r}, expected {_kind(kind)}"
+    if metadata["choices"] and value not in metadata["choices"]:
+        return f"{key}: got {value!r}, expected one of {', '.join(metadata['choices'])}{_nearest(str(value), metadata['choices'])}"
+    low, high = metadata["low"], metadata["high"]
+    if value is not None and ((low is not None and not value >= low) or (high is not None and not value <= high)):
+        return f"{key}: got {value}, expected {f'at least {low}' if high is None else f'{low} to {high}'}"
+    return None
+
+
+def _kind(kind: Any) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return names.get(kind, str(kind).replace("int | None", "a whole number or null").replace("str | None", "text or null"))
+
+
+def _nearest(word: str, words: Any) -> str:
+    """A suggestion, by the whole key first and then by its last part alone (`lr` for `optim.lr`)."""
+    near = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
+    if not near:
+        last = {full.rsplit(".", 1)[-1]: full for full in words}
+        near = [last[name] for name in difflib.get_close_matches(word.rsplit(".", 1)[-1], last, n=1, cutoff=0.5)]
+    return f"; did you mean {near[0]}?" if near else "; --help lists every option"
+
+
+def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """(key, what is wrong) for options that are each fine but not together, or that name what is not there."""
+    if not recipe.model.path:
+        yield "model.path", "is not given; expected a folder with config.json"
+    elif not (Path(recipe.model.path) / "config.json").is_file():
+        yield "model.path", f"got {recipe.model.path}, expected a folder with config.json; weights come in through engine.convert"
+    if not recipe.data.train:
+        yield "data.train", "is not given; expected a JSONL file"
+    for key, path in (("data.train", recipe.data.train), ("data.validation", recipe.data.validation)):
+        if path and not Path(path).is_file():
+            yield key, f"got {path}, expected a file that exists"
+    if recipe.train.micro_batch > recipe.train.global_batch:
+        yield "train.micro_batch", f"got {recipe.train.micro_batch}, expected at most train.global_batch = {recipe.train.global_batch}"
+    if recipe.lora.rank and not recipe.lora.targets:
+        yield "lora.targets", "is empty; name at least one linear layer, or set lora.rank=0 to train all weights"
+    if recipe.lora.rank and recipe.model.init == "random":
+        yield "lora.rank", "needs a pretrained base, got model.init=random; set lora.rank=0"
+    if not recipe.lora.rank and recipe.model.dtype != "fp32":
+        yield "model.dtype", f"got {recipe.model.dtype} without LoRA, expected fp32: trained weights are held in fp32 (train.precision sets the arithmetic)"
+    if recipe.optim.warmup_ratio and recipe.optim.warmup_steps is not None:
+        yield "optim.warmup_steps", "and optim.warmup_ratio are both given; keep one"
+    if recipe.evaluate.exact_match_rows and not recipe.data.validation:
+        yield "evaluate.exact_match_rows", "needs data.validation"
+    if recipe.run.name and ("/" in recipe.run.name or recipe.run.name.startswith(".")):
+        yield "run.name", f"got {recipe.run.name!r}, expected a plain folder name; run.folder sets where it lies"

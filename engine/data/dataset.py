@@ -1,0 +1,148 @@
+"""Rows as token ids: tokenised once, kept in memory-mapped arrays under a cache keyed by content, every row accounted for.
+
+    tokens.npy      int32, all rows end to end        supervised.npy  bool, beside it
+    offsets.npy     int64, rows + 1                   lines.npy       int64, the row's line in the file
+    ledger.json     what became of every line
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from engine.config import Data
+from engine.data.formats import Row, read_rows
+from engine.data.template import TEMPLATES
+from engine.data.tokenizer import Tokenizer, join
+from engine.errors import ENVIRONMENT, EngineError
+
+VERSION = 1  # of the arrays' meaning; a change makes old caches strangers
+BATCH = 1024  # rows tokenised in one call
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """`digest` names content and tokenisation; `ledger` counts rows by fate and lists those left out."""
+
+    path: Path
+    tokens: np.ndarray
+    supervised: np.ndarray
+    offsets: np.ndarray
+    lines: np.ndarray
+    ledger: dict[str, Any]
+    digest: str
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    def targets_per_row(self) -> np.ndarray:
+        """Supervised tokens of each row. A row's first token is never predicted, and templates never supervise it."""
+        counts = np.concatenate([[0], np.cumsum(self.supervised, dtype=np.int64)])
+        return counts[self.offsets[1:]] - counts[self.offsets[:-1]]
+
+
+def load_dataset(path: Path, tokenizer: Tokenizer, template: str, max_length: int, too_long: str, cache: Path) -> Dataset:
+    """The dataset of a JSONL file, from the cache where it is there. One process of a node builds it, the others wait.
+
+    Args:
+        too_long: what to do with a row over max_length: "error", "truncate" (the answer's end is cut) or "drop".
+    """
+    content = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            content.update(block)
+    key = {"version": VERSION, "content": content.hexdigest(), "tokenizer": tokenizer.digest, "template": template,
+           "max_length": max_length, "too_long": too_long}
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    folder = cache / digest[:24]
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with (cache / f"{folder.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.is_dir():
+                _build(folder, path, tokenizer, template, max_length, too_long)
+    except OSError as error:
+        raise EngineError("ENVIRONMENT-CACHE", f"{cache}: cannot be written: {error}; set data.cache", ENVIRONMENT) from error
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("tokens", "supervised", "offsets", "lines")}
+    return Dataset(path, **arrays, ledger=json.loads((folder / "ledger.json").read_text(encoding="utf-8")), digest=digest)
+
+
+def _build(folder: Path, path: Path, tokenizer: Tokenizer, template: str, max_length: int, too_long: str) -> None:
+    tokens, supervised, offsets, lines = [], [], [0], []
+    ledger: dict[str, Any] = {"file": path.name, "rows": 0, "kept": 0, "truncated": 0, "dropped": 0, "rejected": []}
+    rows = list(tqdm(read_rows(path), desc=f"reading {path.name}", unit=" rows", disable=not sys.stderr.isatty(), leave=False))
+    progress = tqdm(total=len(rows), desc=f"tokenising {path.name}", unit=" rows", disable=not sys.stderr.isatty(), leave=False)
+    for start in range(0, len(rows), BATCH):
+        batch = rows[start : start + BATCH]
+        for row, (ids, mask) in zip(batch, _tokenise(batch, tokenizer, template), strict=True):
+            ledger["rows"] += 1
+            reason, cut = None, len(ids) > max_length
+            if cut and too_long == "error":
+                raise EngineError("DATA-LENGTH", f"{path}:{row.line}: has {len(ids)} tokens, data.max_length is {max_length}; "
+                                  "raise it, or set data.too_long to truncate or drop")
+            if cut and too_long == "drop":
+                reason = f"{len(ids)} tokens, max_length is {max_length}"
+            elif not any(mask[:max_length]):
+                reason = f"no supervised token within max_length {max_length}"
+            ids, mask = ids[:max_length], mask[:max_length]
+            if reason is not None:
+                ledger["dropped"] += 1
+                ledger["rejected"].append({"line": row.line, "reason": reason})
+                continue
+            ledger["truncated"] += cut
+            tokens.append(np.asarray(ids, dtype=np.int32))
+            supervised.append(np.asarray(mask, dtype=bool))
+            offsets.append(offsets[-1] + len(ids))
+            lines.append(row.line)
+        progress.update(len(batch))
+    progress.close()
+    ledger["kept"] = len(lines)
+    if not lines:
+        raise EngineError("DATA-EMPTY", f"{path}: none of {ledger['rows']} rows can be trained on; the first: line "
+                          f"{ledger['rejected'][0]['line']}, {ledger['rejected'][0]['reason']}")
+    building = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir()
+    np.save(building / "tokens.npy", np.concatenate(tokens))
+    np.save(building / "supervised.npy", np.concatenate(supervised))
+    np.save(building / "offsets.npy", np.asarray(offsets, dtype=np.int64))
+    np.save(building / "lines.npy", np.asarray(lines, dtype=np.int64))
+    (building / "ledger.json").write_text(json.dumps(ledger), encoding="utf-8")
+    os.rename(building, folder)
+
+
+def _tokenise(rows: list[Row], tokenizer: Tokenizer, template: str) -> list[tuple[list[int], list[bool]]]:
+    """Ids and mask of each row, end-of-sequence included and supervised; all texts of the batch in one call."""
+    segments = [TEMPLATES[template](row) for row in rows]
+    texts = iter(tokenizer.encode_all([segment.text for row in segments for segment in row if not segment.special]))
+    pairs = (join(row, texts, tokenizer) for row in segments)
+    return [(ids + [tokenizer.eos], mask + [True]) for ids, mask in pairs]
+
+
+def load_both(cfg: Data, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | None]:
+    """Training rows, and validation rows where the recipe names them."""
+    return tuple(load_dataset(Path(path), tokenizer, cfg.template, cfg.max_length, cfg.too_long, Path(cfg.cache)) if path else None
+                 for path in (cfg.train, cfg.validation))
+
+
+def check_fit(dataset: Dataset, tokenizer: Tokenizer, model: dict[str, Any], max_length: int) -> None:
+    """Raises EngineError where data or tokenizer go beyond a model, given its config.json: ids past the embedding, lengths
+    past the positions."""
+    if tokenizer.size > model["vocab_size"] or int(dataset.tokens.max()) >= model["vocab_size"]:
+        raise EngineError("DATA-VOCABULARY", f"the tokenizer has {tokenizer.size} ids, the model's vocab_size is {model['vocab_size']}; "
+                          "use the tokenizer that belongs to the model")
+    positions = model.get("max_position_embeddings", 2048)
+    if max_length > positions:
+        raise EngineError("DATA-POSITIONS", f"data.max_length is {max_length}, the model has {positions} positions (max_position_embeddings); lower it")

@@ -1,0 +1,122 @@
+"""The process group: who this rank is, how ranks agree. The one file that imports torch.distributed or reads its variables."""
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from engine.errors import ENVIRONMENT, PEER, EngineError
+
+
+@dataclass(frozen=True)
+class World:
+    """This rank's place: `rank` of `size` processes, `local_rank` on its node, computing on `device`."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def init(device: str, timeout_s: float) -> World:
+    """Joins the group that a launcher described in the environment; a world of one without a launcher, and no group then.
+
+    Args:
+        device: "auto", "cpu" or "cuda". CUDA ranks talk over NCCL, CPU ranks over gloo.
+    """
+    rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in
+                              (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cuda" and not available:
+        raise EngineError("ENVIRONMENT-CUDA", "train.device=cuda, but torch sees no CUDA device; set train.device=cpu", ENVIRONMENT)
+    on_cuda = available > 0 and device != "cpu"
+    if on_cuda and local_rank >= available:
+        raise EngineError("ENVIRONMENT-CUDA", f"local rank {local_rank} has no GPU of its own, the node shows {available}; "
+                          f"start at most {available} ranks a node or set train.device=cpu", ENVIRONMENT)
+    where = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
+    if on_cuda:
+        torch.cuda.set_device(where)
+    if size > 1:
+        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(seconds=timeout_s),
+                                device_id=where if on_cuda else None)
+    return World(rank, size, local_rank, where)
+
+
+def close() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def wrap(model: nn.Module, world: World) -> nn.Module:
+    """`model` in DistributedDataParallel, so that backward sums gradients over ranks; `model` itself in a world of one."""
+    if world.size == 1:
+        return model
+    return DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None,
+                                   broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def settle(ddp_model: nn.Module, zero_loss: Callable[[], Tensor]) -> None:
+    """Runs one backward that adds nothing, so that DDP lays out its gradient buckets before the first real step.
+
+    DDP reorders its buckets after the first backward of a process, and with more than two ranks the ring sums an
+    element in an order that depends on where it lies in its bucket. Without this, the first step after a resume
+    would differ in the last bit from the same step of a run that was never stopped.
+    """
+    zero_loss().backward()
+    ddp_model.zero_grad(set_to_none=True)
+
+
+def sync_if(ddp_model: nn.Module, last: bool) -> AbstractContextManager:
+    """Gradients are exchanged in the backward of a step's last micro-batch only."""
+    return nullcontext() if last or not isinstance(ddp_model, DistributedDataParallel) else ddp_model.no_sync()
+
+
+def sum_over_ranks(values: list[float], world: World) -> list[float]:
+    """Element-wise sum over all ranks, in float64, on every rank alike."""
+    if world.size == 1:
+        return list(values)
+    total = torch.tensor(values, dtype=torch.float64, device=world.device)
+    try:
+        dist.all_reduce(total)
+    except RuntimeError as error:
+        raise EngineError("PEER-LOST", f"rank {world.rank} lost the others: {str(error).splitlines()[0]}", PEER) from error
+    return total.tolist()
+
+
+def from_first(number: int, world: World) -> int:
+    """Rank 0's whole number, on every rank."""
+    if world.size == 1:
+        return number
+    shared = torch.tensor([number], dtype=torch.int64, device=world.device)
+    dist.broadcast(shared, src=0)
+    return int(shared.item())
+
+
+def gather_text(text: str, world: World) -> list[str]:
+    """Every rank's text, by rank, on every rank. As bytes in tensors: torch's object collectives would unpickle."""
+    if world.size == 1:
+        return [text]
+    data = torch.frombuffer(bytearray(text.encode("utf-8") or b"\0"), dtype=torch.uint8).to(world.device)
+    lengths = [torch.zeros(1, dtype=torch.int64, device=world.device) for _ in range(world.size)]
+    dist.all_gather(lengths, torch.tensor([len(data)], dtype=torch.int64, device=world.device))
+    longest = max(int(length) for length in lengths)
+    padded = torch.zeros(longest, dtype=torch.uint8, device=world.device)
+    padded[: len(data)] = data
+    parts = [torch.zeros_like(padded) for _ in range(world.size)]
+    dist.all_gather(parts, padded)
+    return [bytes(part[: int(length)].tolist()).decode("utf-8").strip("\0") for part, length in zip(parts, lengths, strict=True)]
+
+
+def barrier(world: World) -> None:
+    if world.size > 1:
+        dist.barrier()

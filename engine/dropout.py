@@ -1,0 +1,60 @@
+"""Dropout whose masks are a pure function of (seed, step, place in the global batch, layer).
+
+No stream of random numbers has to be saved or kept in step between ranks: a sequence meets the same masks whichever
+rank holds it, whichever micro-batch it shares, and when activation checkpointing computes the forward a second time.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+_MASK = (1 << 64) - 1
+
+
+def mix(*numbers: int) -> int:
+    """64 well-stirred bits from whole numbers, by the finaliser of SplitMix64 (Steele, Lea, Flood 2014)."""
+    state = 0
+    for number in numbers:
+        state = (state + (number & _MASK) + 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state
+
+
+class DropoutKeys:
+    """What the masks of the current micro-batch depend on; the loop sets it before each forward.
+
+    `places` are the sequences' places in the global batch and `lengths` their tokens, in the micro-batch's order.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed, self.step, self.places, self.lengths = seed, 0, [0], [0]
+        self.modules = 0
+
+    def set(self, step: int, places: Sequence[int], lengths: Sequence[int]) -> None:
+        self.step, self.places, self.lengths = step, list(places), list(lengths)
+
+
+class KeyedDropout(nn.Module):
+    """Zeroes a share `p` of x (T, D) in training and scales the rest by 1 / (1 - p); gives x back in evaluation."""
+
+    def __init__(self, p: float, keys: DropoutKeys) -> None:
+        super().__init__()
+        self.p, self.keys, self.number = p, keys, keys.modules
+        keys.modules += 1  # modules are made in the same order on every rank and in every launch
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        keys = self.keys
+        if sum(keys.lengths) != len(x):
+            raise RuntimeError(f"dropout keys are set for {sum(keys.lengths)} tokens, the micro-batch has {len(x)}")
+        mask, start = torch.empty(x.shape, dtype=x.dtype, device=x.device), 0
+        generator = torch.Generator(x.device)
+        for place, length in zip(keys.places, keys.lengths, strict=True):
+            generator.manual_seed(mix(keys.seed, keys.step, place, self.number) >> 1)
+            mask[start : start + length].bernoulli_(1 - self.p, generator=generator)
+            start += length
+        return x * mask.mul_(1 / (1 - self.p))

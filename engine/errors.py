@@ -1,0 +1,81 @@
+"""Failures with a name, one line of text and an exit code; everything else is a bug of ours and shows its traceback.
+
+Text for a user reads: what, got, expected, what to change. `run` is the outermost call of every command.
+"""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+DONE = 0
+USER = 2  # the recipe or the data
+CHECKPOINT = 3  # unusable, or made by a run that differs
+ENVIRONMENT = 4  # disk, permission, lock, missing extra
+PEER = 5  # a rank was lost or did not answer
+NUMERIC = 6  # a loss or gradient that is not finite
+SECURITY = 7  # refused on purpose
+BUG = 70
+PREEMPTED = 75  # told to stop, saved, may be started again
+
+
+class EngineError(Exception):
+    """`name` is AREA-WHAT in capitals; `text` one sentence or a few; `exit_code` one of the constants above."""
+
+    def __init__(self, name: str, text: str, exit_code: int = USER) -> None:
+        super().__init__(text)
+        self.name, self.text, self.exit_code = name, text, exit_code
+
+    def __str__(self) -> str:
+        return f"ERROR E-{self.name} {self.text}"
+
+
+def rank_in_launch() -> int:
+    """This process's rank as its launcher set it, 0 without one: decides who speaks, nothing else."""
+    return int(os.environ.get("RANK", 0))
+
+
+def run(main: Callable[[list[str]], int | None]) -> None:
+    """Runs `main(argv)` and leaves the process with the exit code that belongs to what happened.
+
+    A mistake of the user's is the same on every rank, so rank 0 alone prints it; a failure that can strike one
+    rank is printed by that rank, with its number.
+    """
+    rank = rank_in_launch()
+    try:
+        code = main(sys.argv[1:]) or DONE
+    except EngineError as error:
+        code = error.exit_code
+        if rank == 0:
+            print(error, file=sys.stderr, flush=True)
+        elif code not in (USER, CHECKPOINT, NUMERIC):
+            print(f"[rank {rank}] {error}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:  # the reader of our output left, as `| head` does
+        sys.stderr.close()
+        os._exit(141)
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+@contextmanager
+def recorded(path: Path, rank: int) -> Iterator[None]:
+    """Writes `path` (last_error.json) when the block fails: exit code, rank, message. Removes a stale one first."""
+    if rank == 0:
+        path.unlink(missing_ok=True)
+    try:
+        yield
+    except BaseException as error:
+        code = error.exit_code if isinstance(error, EngineError) else BUG
+        detail = str(error) if isinstance(error, EngineError) else traceback.format_exc()
+        record = {"exit_code": code, "rank": rank, "message": detail}
+        if not isinstance(error, (SystemExit, KeyboardInterrupt)) and path.parent.is_dir() and not path.exists():
+            path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        if code == BUG and isinstance(error, Exception):
+            print(f"[rank {rank}] {detail}", file=sys.stderr, flush=True)
+            raise EngineError("BUG", f"{type(error).__name__}: {error}; the traceback above belongs in a report", BUG) from error
+        raise

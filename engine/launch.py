@@ -1,0 +1,76 @@
+"""torchrun that leaves with the engine's exit codes: python -m engine.launch [torchrun's options] -m engine.train [arguments]
+
+torchrun itself ends every failure with exit code 1 and a page of text. This process is no rank and trains nothing, so it
+may import torch.distributed beside distributed.py.
+"""
+
+import logging
+import os
+import signal
+import traceback
+
+from engine import config
+from engine.errors import DONE, PEER, EngineError, run
+
+TRAIN = "engine.train"
+
+
+def main(argv: list[str]) -> int:
+    if TRAIN in argv:
+        config.load(argv[argv.index(TRAIN) + 1 :])  # a mistake in the recipe is told once, and before torch takes its seconds
+    if "LOGLEVEL" not in os.environ:  # torchrun's own variable: whoever sets it wants to read what torchrun does
+        logging.disable(logging.CRITICAL)
+    # Told to stop, ranks finish their step and save. A large checkpoint takes longer than torchrun's 30 seconds.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+
+    from torch.distributed import DistError
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+
+    try:
+        torchrun.run(torchrun.parse_args(argv))  # main without its wrapper, which would log the failure once more
+    except ChildFailedError as error:
+        # The sort keeps torchrun's own order, that of observation, within a second.
+        in_time = sorted(error.failures.items(), key=lambda item: item[1].timestamp)
+        return first_cause([(rank, failure.exitcode) for rank, failure in in_time])
+    except SignalException as error:
+        return code_after(error.sigval, exit_codes_of_ranks(error))
+    except (DistError, RendezvousError) as error:
+        raise EngineError("PEER-MEETING", f"the nodes did not meet: {str(error).splitlines()[0].rstrip('.')}; expected the same "
+                          "MASTER_ADDR, MASTER_PORT and NNODES on each, and each NODE_RANK once", PEER) from error
+    return DONE
+
+
+def first_cause(failures: list[tuple[int, int]]) -> int:
+    """The exit code that tells most of `failures`, (rank, its exit code) in the order of time.
+
+    A rank that left with PEER lost another, and later signals are torchrun's, sent to whoever was left: neither is a cause.
+    """
+    rank, code = failures[0]
+    if code < 0:
+        advice = ("if nobody sent it, memory ran out: lower train.micro_batch or data.max_length" if code == -signal.SIGKILL
+                  else "its last words, if any, are above")
+        raise EngineError("PEER-KILLED", f"rank {rank} was ended by {signal.Signals(-code).name}; {advice}", PEER)
+    return next((code for _, code in failures if code > 0 and code != PEER), PEER)
+
+
+def code_after(signum: int, codes: list[int | None]) -> int:
+    """The exit code of a launch that was told to stop by `signum`: the ranks' own if they had one to give."""
+    if set(codes) == {DONE}:  # it came when the work was over
+        return DONE
+    return next((code for code in codes if code is not None and code > 0 and code != PEER), 128 + signum)
+
+
+def exit_codes_of_ranks(error: BaseException) -> list[int | None]:
+    """By rank, read off the frame of torchrun that `error` came through: it has waited for them, but tells nobody."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        processes = getattr(getattr(frame.f_locals.get("agent"), "_pcontext", None), "subprocess_handlers", {})
+        if processes:
+            return [processes[rank].proc.returncode for rank in sorted(processes)]
+    return []
+
+
+if __name__ == "__main__":
+    run(main)

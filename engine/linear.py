@@ -1,0 +1,39 @@
+"""A linear layer whose weight may be stored in a narrower type than the arithmetic.
+
+Frozen weights are often bf16 or fp16 on hardware that multiplies fp32 much faster. Such a weight is widened for the
+product and forgotten again: only the narrow copy stays in memory, also for the backward.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def arithmetic_dtype(x: Tensor) -> torch.dtype:
+    """The type in which x is multiplied here: autocast's where autocast is on, its own elsewhere."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`; without autocast, a frozen weight of another type than x is widened to x's type for the product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (T, in) -> (T, out)."""
+        if self.weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+            return F.linear(x, self.weight, self.bias)
+        out = _Widened.apply(x, self.weight)
+        return out if self.bias is None else out + self.bias.to(x.dtype)
+
+
+class _Widened(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        assert not weight.requires_grad, "a trained weight is held in the type of the arithmetic"
+        ctx.save_for_backward(weight)
+        return F.linear(x, weight.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        return grad @ weight.to(grad.dtype), None

@@ -1,0 +1,212 @@
+"""What a step measured: to the console, to metrics.jsonl, to TensorBoard, with one set of names.
+
+metrics.jsonl is the record, one line a step; TensorBoard shows the same numbers. Names that begin with a word of
+MEASURED depend on the clock and the machine, all others on recipe and data alone and repeat bit for bit.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from engine.config import Recipe, flat
+
+MEASURED = ("time/", "memory/", "train/tokens_per_s", "train/target_tokens_per_s", "train/mfu")
+
+# Dense bf16/fp16 FLOP/s of a device as its maker states them, by a part of its name.
+PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
+              "A10G": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12}
+
+
+class Stopwatch:
+    """Seconds spent in the named parts of a step. On a GPU by events in its stream, read once the step is over."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_cuda = device.type == "cuda"
+        self.start()
+
+    def start(self) -> None:
+        self.marks: list[tuple[str, Any]] = [("", self._now())]
+
+    def lap(self, part: str) -> None:
+        """All since the last mark was spent in `part`."""
+        self.marks.append((part, self._now()))
+
+    def read(self) -> dict[str, float]:
+        """`time/<part>` for each part, and `time/step` for the whole."""
+        seconds: dict[str, float] = {}
+        for (_, before), (part, after) in zip(self.marks, self.marks[1:], strict=False):
+            seconds[f"time/{part}"] = seconds.get(f"time/{part}", 0.0) + self._between(before, after)
+        return {**seconds, "time/step": sum(seconds.values())}
+
+    def _now(self) -> Any:
+        if not self.on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between(self, before: Any, after: Any) -> float:
+        if not self.on_cuda:
+            return after - before
+        after.synchronize()
+        return before.elapsed_time(after) / 1000
+
+
+class Flops:
+    """Floating-point operations that training on given documents needs, recomputation not counted.
+
+    A weight costs 2 a token forward, 2 for its input's gradient and 2 for its own where it is trained. The head counts
+    at supervised tokens only, where it is applied; attention by the square of each document, halved by causality.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        frozen = trained = 0
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and name != "lm_head":  # an adapter's matrices are parameters of its layer
+                for matrix in (parameter for parameter in module.parameters(recurse=False) if parameter.dim() == 2):
+                    frozen, trained = frozen + matrix.numel() * (not matrix.requires_grad), trained + matrix.numel() * matrix.requires_grad
+        config, head = model.config, model.lm_head.weight
+        self.per_token = 4 * frozen + 6 * trained
+        self.per_target = (6 if head.requires_grad else 4) * head.numel()
+        self.per_square = 3.5 * 2 * config.num_attention_heads * config.head_dim * config.num_hidden_layers
+
+    def of(self, num_tokens: int, num_targets: int, sum_of_squares: int) -> float:
+        return self.per_token * num_tokens + self.per_target * num_targets + self.per_square * sum_of_squares
+
+
+def peak_flops(device: torch.device) -> tuple[float, str]:
+    """FLOP/s that a device could do, and where the number is from."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
+    for part, peak in PEAK_FLOPS.items():
+        if part in name:
+            return peak, f"{name}, by its maker"
+    a = torch.ones(1024, 1024, device=device)
+    best = float("inf")
+    for _ in range(3):
+        began = time.perf_counter()
+        (a @ a).sum().item()
+        best = min(best, time.perf_counter() - began)
+    return 2 * 1024**3 / best, f"{name}, measured on an fp32 product of 1024 × 1024"
+
+
+def speed(step: Any, seconds: float, flops: Flops, peak: float) -> dict[str, float]:
+    """Real tokens a second, padding there is none; supervised tokens a second; the share of `peak` FLOP/s put to use."""
+    return {"train/tokens_per_s": step.num_tokens / seconds, "train/target_tokens_per_s": step.num_targets / seconds,
+            "train/mfu": flops.of(step.num_tokens, step.num_targets, step.sum_of_squares) / seconds / peak}
+
+
+def memory(device: torch.device) -> dict[str, float]:
+    """MB: the process's peak, and the GPU's where there is one."""
+    found = {"memory/peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    if device.type == "cuda":
+        found["memory/peak_gpu_mb"] = torch.cuda.max_memory_allocated(device) / 2**20
+        found["memory/gpu_mb"] = torch.cuda.memory_allocated(device) / 2**20
+        found["memory/gpu_utilisation"] = _utilisation(device)
+    return found
+
+
+def _utilisation(device: torch.device) -> float:
+    """Percent of the last moments in which the GPU was busy; nan where NVML is not installed."""
+    try:
+        return float(torch.cuda.utilization(device))
+    except (ModuleNotFoundError, RuntimeError):
+        return float("nan")
+
+
+class Log:
+    """Rank 0's record of a run; on other ranks every call does nothing.
+
+    Args:
+        done: steps already done; lines and events of later ones, from a launch that was cut off, go.
+    """
+
+    def __init__(self, folder: Path, done: int, num_steps: int, every_steps: int, tensorboard: bool, speaks: bool) -> None:
+        self.speaks, self.every_steps, self.num_steps = speaks, every_steps, num_steps
+        self.began, self.done = time.perf_counter(), done
+        if not speaks:
+            return
+        path = folder / "metrics.jsonl"
+        _keep_steps(path, done)
+        self.file = path.open("a", encoding="utf-8")
+        self.events = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1 if done else 0, flush_secs=10)
+        self.bar = tqdm(total=num_steps, initial=done, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+
+    def say(self, text: str) -> None:
+        if self.speaks:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def step(self, step: int, scalars: dict[str, float]) -> None:
+        """One step's line. Written to the disk's cache before the step counts as done, so a kill loses none."""
+        if not self.speaks:
+            return
+        self.file.write(json.dumps({"step": step, **scalars}) + "\n")
+        self.file.flush()
+        if self.events:
+            for name, value in scalars.items():
+                self.events.add_scalar(name, value, step)
+        if step == 0:
+            self.say(f"before training: validation loss {scalars['validation/loss']:.4f}")
+            return
+        self.bar.update(1)
+        if step % self.every_steps == 0 or step == self.num_steps:
+            self.say(self._line(step, scalars))
+
+    def _line(self, step: int, scalars: dict[str, float]) -> str:
+        left = (time.perf_counter() - self.began) / (step - self.done) * (self.num_steps - step)
+        memory_mb = scalars.get("memory/peak_gpu_mb", scalars["memory/peak_rss_mb"])
+        skipped = "  skipped: overflow" if scalars.get("train/skipped") else ""
+        checked = f"  val {scalars['validation/loss']:.4f}" if "validation/loss" in scalars else ""
+        return (f"step {step:>{len(str(self.num_steps))}}/{self.num_steps}  loss {scalars['train/loss']:.4f}  lr {scalars['train/lr']:.2e}  "
+                f"norm {scalars['train/grad_norm']:.3f}  {scalars['train/tokens_per_s']:,.0f} tok/s  {memory_mb:,.0f} MB  eta {_clock(left)}{checked}{skipped}")
+
+    def text(self, name: str, text: str, step: int) -> None:
+        if self.speaks and self.events:
+            self.events.add_text(name, text, step)
+
+    def hparams(self, recipe: Recipe, results: dict[str, float]) -> None:
+        """The recipe's options beside the final figures, for TensorBoard's table of runs."""
+        if self.speaks and self.events:
+            plain = {key: value if isinstance(value, (int, float, str, bool)) else str(value) for key, value in flat(recipe).items()}
+            self.events.add_hparams(plain, {f"final/{name}": value for name, value in results.items()}, run_name=".")
+
+    def close(self) -> None:
+        if self.speaks:
+            self.bar.close()
+            self.file.close()
+            if self.events:
+                self.events.close()
+
+
+def _keep_steps(path: Path, done: int) -> None:
+    """Drops the lines that a run wrote after the checkpoint it now goes on from, and a last line cut in the middle."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if line.endswith("\n") and 0 < json.loads(line)["step"] <= done or (done and json.loads(line)["step"] == 0):
+                kept.append(line)
+        except ValueError:
+            continue
+    replacement = path.with_suffix(".tmp")
+    replacement.write_text("".join(kept), encoding="utf-8")
+    os.replace(replacement, path)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,178 @@
+"""Weights between a Hugging Face folder and a model: safetensors only, every name and shape accounted for.
+
+A folder is `config.json` with `model.safetensors`, or with shards and their `model.safetensors.index.json`.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from engine.dropout import DropoutKeys, mix
+from engine.errors import CHECKPOINT, SECURITY, EngineError
+from engine.models import FAMILIES
+
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of config.json, of a family that exists here."""
+    try:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EngineError("MODEL-CONFIG", f"{folder / 'config.json'}: cannot be read: {error}; expected a model folder in Hugging Face layout") from error
+    if raw.get("model_type") not in FAMILIES:
+        raise EngineError("MODEL-FAMILY", f"{folder / 'config.json'}: model_type is {raw.get('model_type')!r}, expected one of {', '.join(FAMILIES)}")
+    return raw
+
+
+def build(folder: Path, init: str, seed: int, dtype: torch.dtype, arithmetic: torch.dtype, device: torch.device,
+          checkpoint_every: int = 0, dropout: float = 0.0, keys: DropoutKeys | None = None) -> nn.Module:
+    """The model of a folder, with its weights in `dtype` on `device`.
+
+    Args:
+        init: "pretrained" reads the folder's safetensors; "random" draws weights from `seed`, the same on every rank.
+    """
+    raw = read_config(folder)
+    config_class, model_class = FAMILIES[raw["model_type"]]
+    config = config_class.from_hf(raw, str(folder / "config.json"))
+    with torch.device("meta"):
+        model = model_class(config, arithmetic, checkpoint_every, dropout, keys)
+    if init == "random":
+        tensors = _random_tensors(model, config.initializer_range, seed)
+    else:
+        tensors = read_folder(folder, expected={name: tensor.shape for name, tensor in model.state_dict().items()},
+                              tied={"lm_head.weight"} if config.tie_word_embeddings else set())
+    for name, tensor in tensors:
+        owner = model.get_submodule(name.rpartition(".")[0])
+        owner._parameters[name.rpartition(".")[2]] = nn.Parameter(tensor.to(device=device, dtype=dtype))
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+def _random_tensors(model: nn.Module, std: float, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Normal matrices with the config's deviation and vectors of ones, as Hugging Face initialises Llama."""
+    for number, (name, tensor) in enumerate(model.named_parameters()):
+        if tensor.dim() == 1:
+            yield name, torch.ones(tensor.shape)
+        else:
+            yield name, torch.empty(tensor.shape).normal_(0, std, generator=torch.Generator().manual_seed(mix(seed, number) >> 1))
+
+
+def read_folder(folder: Path, expected: dict[str, torch.Size], tied: set[str]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) for every expected name, one at a time, after all names and shapes were compared.
+
+    Args:
+        tied: names that may be absent, because the model shares them with another.
+
+    Raises:
+        EngineError: a list of what is missing, unexpected or misshapen; a file that is no safetensors.
+    """
+    place = _files_by_name(folder)
+    shapes: dict[str, list[int]] = {}
+    for path in sorted(set(place.values())):
+        with _open(path) as file:
+            shapes.update({name: file.get_slice(name).get_shape() for name in file.keys()})
+    ignored = {name for name in shapes if name.endswith("rotary_emb.inv_freq")}  # older exports stored this constant
+    problems = [f"  missing    {name} {list(shape)}" for name, shape in expected.items() if name not in shapes and name not in tied]
+    problems += [f"  unexpected {name} {shape}" for name, shape in shapes.items() if name not in expected and name not in ignored]
+    problems += [f"  misshapen  {name}: file has {shapes[name]}, config.json means {list(shape)}"
+                 for name, shape in expected.items() if name in shapes and list(shape) != shapes[name]]
+    if problems:
+        shown = problems[:20] + ([f"  … and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        raise EngineError("MODEL-WEIGHTS", f"{folder}: weights do not fit config.json:\n" + "\n".join(shown))
+    for path in sorted(set(place.values())):
+        with _open(path) as file:
+            for name in file.keys():
+                if name in expected and name not in tied:
+                    yield name, file.get_tensor(name)
+
+
+def _files_by_name(folder: Path) -> dict[str, Path]:
+    index, single = folder / INDEX, folder / "model.safetensors"
+    if index.is_file():
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        for file in set(weight_map.values()):
+            if Path(file).name != file:
+                raise EngineError("MODEL-PATH", f"{index}: names {file!r}, expected a plain file name", SECURITY)
+        return {name: folder / file for name, file in weight_map.items()}
+    if single.is_file():
+        with _open(single) as file:
+            return {name: single for name in file.keys()}
+    if pickled := [*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.pt")]:
+        raise EngineError("MODEL-PICKLE", f"{pickled[0]}: is a pickle, which can run code when read, and is never loaded; "
+                          "convert it to safetensors where you trust it", SECURITY)
+    raise EngineError("MODEL-WEIGHTS", f"{folder}: has neither model.safetensors nor {INDEX}; set model.init=random to start without weights")
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise EngineError("MODEL-WEIGHTS", f"{path}: cannot be read as safetensors: {error}; fetch or convert it again") from error
+
+
+def write_folder(folder: Path, raw_config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """config.json and safetensors, in shards of at most SHARD_BYTES, into a folder that exists."""
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
+    raw_config = {**raw_config, "torch_dtype": dtypes.pop() if len(dtypes) == 1 else "float32"}
+    raw_config.pop("dtype", None)
+    (folder / "config.json").write_text(json.dumps(raw_config, indent=2) + "\n", encoding="utf-8")
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor.contiguous().cpu()
+        size += tensor.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    names = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
+    for name, shard in zip(names, shards, strict=True):
+        save_file(shard, folder / name, metadata={"format": "pt"})
+    weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n", encoding="utf-8")
+
+
+def untied(model: nn.Module) -> dict[str, Tensor]:
+    """The model's tensors by name, without the head where it is the embedding."""
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def load_trained(trained: dict[str, nn.Parameter], saved: dict[str, Tensor]) -> None:
+    """Copies a checkpoint's weights into the parameters of the same names.
+
+    Raises:
+        EngineError: names or shapes differ; nothing was copied.
+    """
+    wrong = [name for name in trained.keys() | saved.keys() if name not in trained or name not in saved or trained[name].shape != saved[name].shape]
+    if wrong:
+        raise EngineError("CHECKPOINT-WEIGHTS", f"the checkpoint's trained weights are not the model's: {', '.join(sorted(wrong)[:5])}", CHECKPOINT)
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(saved[name])
+
+
+def identity(model: nn.Module, folder: Path, init: str) -> str:
+    """What a run started from, and what its frozen weights are: the folder's config, and SHA-256 over the frozen weights' bytes.
+
+    Trained weights are not in it: a checkpoint holds them.
+    """
+    total = hashlib.sha256(json.dumps([init, read_config(folder)], sort_keys=True).encode())
+    for name, parameter in sorted(model.named_parameters()):
+        if not parameter.requires_grad:
+            total.update(f"{name} {parameter.dtype} {list(parameter.shape)}".encode())
+            total.update(parameter.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
+    return total.hexdigest()

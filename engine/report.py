@@ -1,0 +1,67 @@
+"""What a run tells its user: the plan as an equation before the first step, and at the end what came of it."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from engine.config import Recipe
+from engine.data.dataset import Dataset
+from engine.data.plan import Plan
+from engine.distributed import World
+from engine.evaluate import Report
+
+
+def facts(model: nn.Module, world: World, choices: dict[str, str]) -> dict[str, Any]:
+    """What the run computes and on what, for the console and run.json; `choices` say what was chosen and why."""
+    return {"device": str(world.device.type), "ranks": world.size, "parameters": sum(p.numel() for p in model.parameters()),
+            "trained": sum(p.numel() for p in model.parameters() if p.requires_grad), **choices}
+
+
+def equation(run: Path, cfg: Recipe, plan: Plan, rows: Dataset, num_steps: int, start: int, ranks: int, known: dict[str, Any]) -> str:
+    """The run's plan as a few aligned lines."""
+    accumulation = -(-cfg.train.global_batch // (cfg.train.micro_batch * ranks))
+    kind = f"LoRA rank {cfg.lora.rank} on {', '.join(cfg.lora.targets)}" if cfg.lora.rank else "all weights"
+    last = plan.sequences_per_epoch % cfg.train.global_batch
+    targets = int(rows.targets_per_row().sum())
+    left_out = f", {rows.ledger['dropped']:,} left out (rejected.jsonl)" if rows.ledger["dropped"] else ""
+    cut = f", {rows.ledger['truncated']:,} truncated" if rows.ledger["truncated"] else ""
+    exact = "=" if accumulation * cfg.train.micro_batch * ranks == cfg.train.global_batch else "≥"
+    lines = {
+        "run": f"{run}" + (f", resumed after step {start}" if start else ""),
+        "model": f"{cfg.model.path}, {known['parameters']:,} parameters, {known['trained']:,} trained ({100 * known['trained'] / known['parameters']:.2f} %): {kind}",
+        "precision": known["precision"],
+        "attention": known["attention"],
+        "rows": f"{rows.ledger['rows']:,} in {rows.path}{cut}{left_out}",
+        "epoch": f"{plan.sequences_per_epoch:,} sequences of up to {plan.max_length:,} tokens, {int(rows.lengths.sum()):,} tokens, {targets:,} supervised"
+                 + (f", filled to {100 * plan.fill:.1f} %" if cfg.data.packing else ""),
+        "step": f"micro-batch {cfg.train.micro_batch} × accumulation {accumulation} × ranks {ranks} {exact} global batch {cfg.train.global_batch} sequences"
+                + (f"; {last} in the last step of an epoch" if last else ""),
+        "steps": f"{num_steps:,} ({plan.steps_per_epoch:,} an epoch)",
+    }
+    return "\n".join(f"{name:>10}  {text}" for name, text in lines.items())
+
+
+def samples(judged: Report | None) -> str:
+    """Each sampled row's question, the model's answer, and the row's own."""
+    return "\n".join(f"  > {' | '.join(part for part in (row.instruction, row.input) if part.strip())}\n    {answer.strip()}\n    (expected: {row.output.strip()})"
+                     for row, answer in (judged.samples if judged else []))
+
+
+def closing(run: Path, judged: Report | None, exported: Path | None) -> str:
+    """Exact matches per task, sample answers, and the commands to try next."""
+    lines = [""]
+    if judged:
+        lines.append(f"validation loss {judged.loss:.4f}, perplexity {judged.scalars['validation/perplexity']:.2f}")
+        if judged.tasks:
+            lines += ["exact matches on held-out rows:", judged.table()]
+        if judged.samples:
+            lines += ["sample answers:", samples(judged)]
+    python = Path(sys.executable)
+    python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python.name
+    lines += ["next:", f"  {python} -m tensorboard.main --logdir {run / 'tensorboard'}"]
+    if exported:
+        where = f"--model {exported}" if exported.name == "model" else f"--adapter {exported}"
+        lines.append(f"  {python} -m engine.generate {where}          # a chat; --prompt TEXT for one answer")
+    return "\n".join(lines)

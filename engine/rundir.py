@@ -1,0 +1,109 @@
+"""The run directory: which one, what it says of the run, and that one run at a time uses it."""
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine import config
+from engine.config import Recipe
+from engine.data.dataset import Dataset
+from engine.errors import ENVIRONMENT, EngineError
+
+PACKAGES = ("torch", "numpy", "sentencepiece", "safetensors", "omegaconf", "tensorboard", "tokenizers")
+
+
+def choose(cfg: Recipe) -> Path:
+    """`folder/name`, unless a finished run lies there: then the first of `name-2`, `name-3` … without one.
+
+    An unfinished run is gone on with, a finished one is kept as it is. All ranks look before any of them writes.
+    """
+    number, path = 1, Path(cfg.run.folder) / cfg.run.name
+    while (path / "finished.json").exists():
+        number += 1
+        path = Path(cfg.run.folder) / f"{cfg.run.name}-{number}"
+    return path
+
+
+@contextmanager
+def locked(path: Path, rank: int) -> Iterator[None]:
+    """Makes the directory and holds its lock, on rank 0; other ranks pass through."""
+    if rank != 0:
+        yield
+        return
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / ".lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise EngineError("ENVIRONMENT-LOCK", f"{path}: another run is using it; wait for it, or choose another run.name", ENVIRONMENT) from error
+    except OSError as error:
+        raise EngineError("ENVIRONMENT-RUN", f"{path}: cannot be written: {error}; set run.folder", ENVIRONMENT) from error
+    with lock:
+        yield
+
+
+def describe(path: Path, cfg: Recipe, facts: dict[str, Any]) -> None:
+    """Writes recipe.yaml, and run.json: versions, hardware, commit, command, and `facts` such as digests."""
+    (path / "recipe.yaml").write_text(config.dump(cfg), encoding="utf-8")
+    record = {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], "commit": commit(), "python": platform.python_version(),
+              "versions": {name: _version(name) for name in PACKAGES}, "machine": hardware(), **facts}
+    (path / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def write_ledger(path: Path, datasets: list[Dataset]) -> None:
+    """ledger.json counts every row of every file by its fate; rejected.jsonl names those left out, with the reason."""
+    counts = []
+    with (path / "rejected.jsonl").open("w", encoding="utf-8") as file:
+        for dataset in datasets:
+            rejected = dataset.ledger["rejected"]
+            assert dataset.ledger["rows"] == dataset.ledger["kept"] + len(rejected), f"{dataset.path}: the ledger does not balance"
+            counts.append({**{key: value for key, value in dataset.ledger.items() if key != "rejected"}, "digest": dataset.digest})
+            file.writelines(json.dumps({"row": f"{dataset.path}:{one['line']}", "reason": one["reason"]}) + "\n" for one in rejected)
+    (path / "ledger.json").write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
+
+
+def finish(path: Path, results: dict[str, float]) -> None:
+    """Marks the run as finished, with its final figures; it will not be written to again."""
+    (path / "finished.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def hardware() -> dict[str, Any]:
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return {"cpu": _cpu_name(), "cpu_capability": torch.backends.cpu.get_cpu_capability(), "cores": os.cpu_count(),
+            "threads_per_rank": torch.get_num_threads(), "gpus": gpus, "cuda": torch.version.cuda}
+
+
+def commit() -> str:
+    """The commit of this source tree, with "+changes" where files differ from it; "unknown" outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        head = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        dirty = subprocess.run(["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, timeout=10)
+        return head + ("+changes" if dirty.stdout.strip() else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,181 @@
+"""A training run, top to bottom: this file is the table of contents, each call says which file to open.
+
+    python -m engine.train recipes/quickstart.yaml                               one process
+    torchrun --nproc_per_node=8 -m engine.train recipes/llama2_7b_lora.yaml      one rank per GPU
+    ./torchrun.sh recipes/quickstart.yaml optim.lr=1e-3                          the same, environment included
+
+A *step* is one update of the weights from one global batch of sequences; a *micro-batch* is what one rank computes at
+once; *targets* are the supervised tokens, the ones that carry loss.
+"""
+
+import math
+from pathlib import Path
+
+from engine import config, errors
+
+
+def main(argv: list[str]) -> int:
+    # ---- Recipe: every mistake in it is told here, before torch takes its seconds to import -------------------------
+    cfg = config.load(argv)
+
+    from engine import checkpoint, distributed, export, lora, metrics, optim, precision, report, rundir
+    from engine.attention import PackedAttention
+    from engine.attention import choose as choose_attention
+    from engine.data import dataset, loader
+    from engine.data.plan import Plan
+    from engine.data.tokenizer import load_tokenizer
+    from engine.dropout import DropoutKeys
+    from engine.evaluate import Evaluation
+    from engine.loss import summed_cross_entropy
+    from engine.models import weights
+    from engine.signals import StopRequest
+
+    # ---- Run directory: a finished one is left alone, an unfinished one goes on from its newest whole checkpoint ----
+    run, rank = rundir.choose(cfg), errors.rank_in_launch()
+    with rundir.locked(run, rank), errors.recorded(run / "last_error.json", rank):
+        newest = checkpoint.newest_whole(run / "checkpoints") if rank == 0 else None
+
+        # ---- Data: tokenised, packed and checked before ranks wait for each other -----------------------------------
+        source = Path(cfg.model.path)
+        tokenizer, family = load_tokenizer(source), weights.read_config(source)
+        rows, held_out = dataset.load_both(cfg.data, tokenizer)
+        dataset.check_fit(rows, tokenizer, family, cfg.data.max_length)
+        plan = Plan(rows.lengths, rows.targets_per_row(), cfg.data.max_length, cfg.train.global_batch, cfg.data.packing,
+                    cfg.data.shuffle, cfg.train.seed, cfg.train.epochs)
+        num_steps = min(plan.num_steps, cfg.train.max_steps or plan.num_steps)
+
+        # ---- Processes ----------------------------------------------------------------------------------------------
+        world = distributed.init(cfg.train.device, cfg.train.timeout_s)
+        device, stop = world.device, StopRequest()
+
+        # ---- Model: trained weights are fp32, frozen ones as the recipe says ----------------------------------------
+        frozen = precision.DTYPES[cfg.model.dtype] if cfg.lora.rank else None
+        types = precision.choose(cfg.train.precision, frozen, device)
+        attention, why_attention = choose_attention(cfg.train.attention)
+        keys = DropoutKeys(cfg.train.seed)
+        model = weights.build(source, cfg.model.init, cfg.train.seed, precision.DTYPES[cfg.model.dtype], types.residual, device,
+                              cfg.train.activation_checkpointing, cfg.model.dropout, keys)
+        if cfg.lora.rank:
+            lora.apply(model, cfg.lora.rank, cfg.lora.alpha, cfg.lora.dropout, cfg.lora.targets, keys, cfg.train.seed)
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+        # ---- Optimizer and loss scale -------------------------------------------------------------------------------
+        optimizer = optim.build(list(trained.values()), cfg.optim)
+        scale = precision.LossScale(cfg.train.precision == "fp16", cfg.train.loss_scale, cfg.train.loss_scale_growth)
+
+        # ---- Resume: data position, learning rate and dropout follow from the step, so they need no saving ----------
+        identity = {**config.semantic(cfg), "data": rows.digest, "tokenizer": tokenizer.digest,
+                    "weights": weights.identity(model, source, cfg.model.init)}
+        start, best = distributed.from_first(newest or 0, world), {"step": None, "loss": math.inf}
+        if start:
+            saved = checkpoint.load(run / "checkpoints", start)
+            checkpoint.compare_identity(run / "checkpoints", saved.state["identity"], identity)
+            weights.load_trained(trained, saved.model)
+            optim.load_state(optimizer, trained, saved.optimizer)
+            scale.load(saved.state["scale"])
+            best = saved.state["best"]
+
+        # ---- What will happen, in words and as an equation ----------------------------------------------------------
+        flops, (peak, peak_source) = metrics.Flops(model), metrics.peak_flops(device)
+        facts = report.facts(model, world, {"attention": f"{attention}: {why_attention}", "precision": types.reason, "peak": peak_source})
+        log = metrics.Log(run, start, num_steps, cfg.log.every_steps, cfg.log.tensorboard, speaks=world.is_first)
+        if world.is_first:
+            rundir.describe(run, cfg, {**facts, **identity})
+            rundir.write_ledger(run, [part for part in (rows, held_out) if part])
+        log.say(report.equation(run, cfg, plan, rows, num_steps, start, world.size, facts))
+        log.text("recipe", f"```\n{config.dump(cfg)}```", 0)
+        evaluation = Evaluation(held_out, tokenizer, cfg.data, cfg.evaluate, attention, types, world) if held_out else None
+        if evaluation and start == 0 and cfg.evaluate.at_start:
+            log.step(0, evaluation.run(model).scalars)
+
+        # ---- Wrap: ddp_model runs forward in training, model is for all else ----------------------------------------
+        ddp_model = distributed.wrap(model.train(), world)
+
+        def forward(batch, step: int):
+            """Sum of the negative log-likelihoods of a micro-batch's targets, fp32."""
+            keys.set(step, batch.places, batch.lengths)
+            with types.context():
+                hidden = ddp_model(batch.ids, batch.positions, PackedAttention(batch.documents, device, attention))
+                return summed_cross_entropy(hidden[batch.at], model.lm_head.weight, batch.targets)
+
+        distributed.settle(ddp_model, lambda: forward(loader.empty(device), 0))
+
+        # ---- Loop ---------------------------------------------------------------------------------------------------
+        watch, judged = metrics.Stopwatch(device), None
+        for number in range(start, num_steps):
+            watch.start()
+            step, lr = plan.step(number), optim.learning_rate(number, num_steps, cfg.optim)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            batches = loader.micro_batches(step, rows, world.rank, world.size, cfg.train.micro_batch, device)
+            watch.lap("data")
+
+            # The mean over all targets of the global batch: each micro-batch contributes its sum over their number. DDP
+            # averages gradients over ranks where we want their sum, hence the world's size.
+            local = 0.0
+            for batch in batches:
+                with distributed.sync_if(ddp_model, batch is batches[-1]):
+                    loss = forward(batch, number)
+                    watch.lap("forward")
+                    (loss * (scale.value * world.size / step.num_targets)).backward()
+                    watch.lap("backward")
+                local += loss.detach()
+
+            # Ranks agree on the loss, on having trained every target of the step, and on whether to stop.
+            counted = sum(len(batch.targets) for batch in batches)
+            total, counted, asked = distributed.sum_over_ranks([float(local), counted, stop.asked], world)
+            assert counted == step.num_targets, f"step {number} trained {counted} targets, planned {step.num_targets}"
+            norm = optim.unscale_and_clip(trained.values(), scale.value, cfg.optim.clip_norm)
+            finite = math.isfinite(total) and math.isfinite(norm)
+            used_scale = scale.value
+            scale.update(finite, number + 1)  # raises unless a skipped step can help
+            if finite:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            watch.lap("optimizer")
+
+            done, times = number + 1, watch.read()
+            scalars = {"train/loss": total / step.num_targets, "train/lr": lr, "train/grad_norm": norm, "train/loss_scale": used_scale,
+                       "train/skipped": int(not finite), "train/epoch": done / plan.steps_per_epoch, "train/tokens": step.num_tokens,
+                       "train/targets": step.num_targets, **metrics.speed(step, times["time/step"], flops, peak * world.size),
+                       **times, **metrics.memory(device)}
+
+            # Evaluate, log, save: each at its period, at ends of epochs, and at the end or a request to stop.
+            leaving = done == num_steps or asked
+            judged = None
+            if evaluation and (done == num_steps or due(cfg.evaluate, done, step)):
+                judged = evaluation.run(model, whole=done == num_steps)
+                scalars |= judged.scalars
+            log.step(done, scalars)
+            if leaving or due(cfg.checkpoint, done, step):
+                if judged and judged.loss < best["loss"]:
+                    best = {"step": done, "loss": judged.loss}
+                if world.is_first:
+                    state = {"identity": identity, "scale": scale.state(), "best": best}
+                    checkpoint.save(run / "checkpoints", done, checkpoint.Snapshot(trained, optim.state(optimizer, trained), state),
+                                    cfg.checkpoint.keep, best["step"])
+            if asked and done < num_steps:
+                log.say(f"stopped as asked after step {done}, saved; the same command goes on from there")
+                return errors.PREEMPTED
+
+        # ---- End: weights for others, and what to look at ------------------------------------------------------------
+        if evaluation and judged is None:  # resumed after the last step
+            judged = evaluation.run(model, whole=True)
+        exported = export.export(model, cfg, run / "export") if cfg.checkpoint.export and world.is_first else None
+        log.hparams(cfg, judged.scalars if judged else {})
+        log.text("samples", report.samples(judged), num_steps)
+        log.say(report.closing(run, judged, exported))
+        if world.is_first:
+            rundir.finish(run, judged.scalars if judged else {})
+        log.close()
+        distributed.close()
+    return errors.DONE
+
+
+def due(period, done: int, step) -> bool:
+    """Whether something with `every_steps` and `each_epoch` falls on the step that is now done."""
+    return bool((period.every_steps and done % period.every_steps == 0) or (period.each_epoch and step.is_last_of_epoch))
+
+
+if __name__ == "__main__":
+    errors.run(main)
