@@ -6,7 +6,7 @@ Nothing here imports torch: a mistake in a recipe is told within a second, and a
 import difflib
 import sys
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 

@@ -5,7 +5,9 @@ Text for a user reads: what, got, expected, what to change. `run` is the outermo
 
 import json
 import os
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -56,8 +58,15 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:  # the reader of our output left, as `| head` does
-        sys.stderr.close()
         os._exit(141)
+    except Exception:
+        traceback.print_exc()
+        code = BUG
+    # The launcher ends all ranks as soon as one has left. The rank that knows why must be the first to leave, so it
+    # no longer listens to the launcher, and a rank that only lost a peer waits for it.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if code == PEER:
+        time.sleep(1.0)
     sys.stdout.flush()
     sys.exit(code)
 

@@ -15,6 +15,11 @@ def arithmetic_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
+def widened(x: Tensor) -> Tensor:
+    """x in a type in which sums over many elements are safe: at least fp32."""
+    return x.float() if x.dtype.itemsize < 4 else x
+
+
 class Linear(nn.Linear):
     """`nn.Linear`; without autocast, a frozen weight of another type than x is widened to x's type for the product."""
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.linear import arithmetic_dtype
+from engine.linear import arithmetic_dtype, widened
 
 CHUNK_BYTES = 64 * 2**20  # of fp32 logits: large enough to keep a matrix product busy
 
@@ -30,15 +30,15 @@ class _SummedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         size = max(1, CHUNK_BYTES // (4 * len(weight)))
-        loss = hidden.new_zeros((), dtype=torch.float32)
+        loss = widened(hidden.new_zeros(()))
         grad_hidden = torch.zeros_like(hidden) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        grad_weight = widened(torch.zeros_like(weight)) if wants_weight else None
         with torch.autocast(hidden.device.type, enabled=False):
             head = weight.detach().to(dtype)
             for start in range(0, len(targets), size):
                 rows = slice(start, start + size)
                 x = hidden[rows].detach().to(dtype)
-                logits = F.linear(x, head).float()
+                logits = widened(F.linear(x, head))
                 loss += F.cross_entropy(logits, targets[rows], reduction="sum")
                 if not (wants_hidden or wants_weight):
                     continue

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from engine.attention import KVCache
 from engine.dropout import DropoutKeys, KeyedDropout
 from engine.errors import EngineError
-from engine.linear import Linear, arithmetic_dtype
+from engine.linear import Linear, arithmetic_dtype, widened
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -162,7 +162,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        wide = x.float()
+        wide = widened(x)
         inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
         # rounded to the residual's type before the weight is applied, as the reference does
@@ -171,9 +171,9 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, weight, inverse = ctx.saved_tensors
-        normed, grad = x.float() * inverse, grad.float()
+        normed, grad = widened(x) * inverse, widened(grad)
         grad_weight = (grad * normed).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        grad = grad * weight.float()
+        grad = grad * weight.to(grad.dtype)
         along = (grad * normed).mean(-1, keepdim=True)
         return ((grad - normed.mul_(along)) * inverse).to(x.dtype), grad_weight, None, None
 

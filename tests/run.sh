@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Runs every test: ./tests/run.sh [pytest arguments], for instance `-k resume` or `-x`.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source ./environment.sh dev
+export OMP_NUM_THREADS=1  # tests start up to four ranks on two cores, and bit equality needs one thread count throughout
+exec "$python" -m pytest tests -q "$@"
