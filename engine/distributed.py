@@ -52,8 +52,14 @@ def init(device: str, timeout_s: float) -> World:
     return World(rank, size, local_rank, where)
 
 
-def close() -> None:
-    if dist.is_initialized():
+def close(world: World) -> None:
+    """Leaves the group once all ranks are here, so that none is gone while another still works.
+
+    The barrier has a second use. A gloo thread that has just finished a sum wants the interpreter's lock to release
+    its tensors; taking the group down holds that lock and waits for the thread. While a rank waits here, the lock is free.
+    """
+    if world.size > 1:
+        dist.barrier()
         dist.destroy_process_group()
 
 
@@ -115,8 +121,3 @@ def gather_text(text: str, world: World) -> list[str]:
     parts = [torch.zeros_like(padded) for _ in range(world.size)]
     dist.all_gather(parts, padded)
     return [bytes(part[: int(length)].tolist()).decode("utf-8").strip("\0") for part, length in zip(parts, lengths, strict=True)]
-
-
-def barrier(world: World) -> None:
-    if world.size > 1:
-        dist.barrier()

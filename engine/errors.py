@@ -46,29 +46,34 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     A mistake of the user's is the same on every rank, so rank 0 alone prints it; a failure that can strike one
     rank is printed by that rank, with its number.
     """
-    rank = rank_in_launch()
+    rank, failure = rank_in_launch(), None
     try:
         code = main(sys.argv[1:]) or DONE
     except EngineError as error:
-        code = error.exit_code
+        code, failure = error.exit_code, error
         if rank == 0:
-            print(error, file=sys.stderr, flush=True)
+            print(error, file=sys.stderr)
         elif code not in (USER, CHECKPOINT, NUMERIC):
-            print(f"[rank {rank}] {error}", file=sys.stderr, flush=True)
+            print(f"[rank {rank}] {error}", file=sys.stderr)
     except KeyboardInterrupt:
         code = 130
+    except SystemExit as error:  # --help
+        code = error.code or DONE
     except BrokenPipeError:  # the reader of our output left, as `| head` does
         os._exit(141)
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
-        code = BUG
+        code, failure = BUG, error
     # The launcher ends all ranks as soon as one has left. The rank that knows why must be the first to leave, so it
     # no longer listens to the launcher, and a rank that only lost a peer waits for it.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if code == PEER:
         time.sleep(1.0)
     sys.stdout.flush()
-    sys.exit(code)
+    sys.stderr.flush()
+    # Not sys.exit: it would take down what `failure` still holds, and torch's gloo group, taken down with an exchange
+    # under way, can wait for ever for a thread that waits for the interpreter's lock.
+    os._exit(code)
 
 
 @contextmanager

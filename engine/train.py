@@ -156,6 +156,8 @@ def main(argv: list[str]) -> int:
                                     cfg.checkpoint.keep, best["step"])
             if asked and done < num_steps:
                 log.say(f"stopped as asked after step {done}, saved; the same command goes on from there")
+                log.close()
+                distributed.close(world)
                 return errors.PREEMPTED
 
         # ---- End: weights for others, and what to look at ------------------------------------------------------------
@@ -168,7 +170,7 @@ def main(argv: list[str]) -> int:
         if world.is_first:
             rundir.finish(run, judged.scalars if judged else {})
         log.close()
-        distributed.close()
+        distributed.close(world)
     return errors.DONE
 
 

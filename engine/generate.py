@@ -1,0 +1,227 @@
+"""Answers of a model: to one prompt, to the rows of a file, or in a chat at the terminal.
+
+    python -m engine.generate --model runs/quickstart/export/model --prompt "Name three colours."
+    python -m engine.generate --adapter runs/lora/export/adapter --file questions.jsonl --out answers.jsonl
+    python -m engine.generate --model models/smollm2 --template chatml
+
+A prompt goes through the code that makes training's, so a model meets exactly the tokens it was trained to answer.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from engine.data.formats import Row, read_rows
+from engine.data.template import TEMPLATES
+from engine.errors import ENVIRONMENT, EngineError, run
+
+EXAMPLE = 'example: python -m engine.generate --model runs/quickstart/export/model --prompt "Name three colours."'
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise EngineError("GENERATE-ARGUMENTS", f"{message}; {EXAMPLE}")
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    parser = Parser("python -m engine.generate", epilog=EXAMPLE, description="Answers of a model: to one prompt, to the rows of a file, "
+                    "or without either in a chat at the terminal, where each turn is a prompt of its own and an empty line ends.")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="model folder in Hugging Face layout")
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="adapter folder in PEFT layout; it names its base unless --model does")
+    parser.add_argument("--prompt", metavar="TEXT", help="an instruction")
+    parser.add_argument("--input", metavar="TEXT", default="", help="what the instruction is about, if it needs that")
+    parser.add_argument("--file", type=Path, metavar="ROWS.jsonl", help="rows as for training; their output is not looked at")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where the file's answers go, a new file [the terminal]")
+    parser.add_argument("--batch", type=between(int, 1), default=16, metavar="N", help="rows of the file answered at once [16]")
+    parser.add_argument("--temperature", type=between(float, 0), default=0.0, metavar="T", help="0 takes the likeliest token [0]")
+    parser.add_argument("--top-p", type=between(float, 0, 1), default=1.0, metavar="P", help="draw from the fewest tokens that hold P [1]")
+    parser.add_argument("--seed", type=between(int, 0, 2**63 - 1), default=0, metavar="N", help="of the draws [0]")
+    parser.add_argument("--max-new-tokens", type=between(int, 1), default=256, metavar="N", help="longest answer [256]")
+    parser.add_argument("--template", choices=TEMPLATES, help="how a row becomes a prompt [what the folder says, else alpaca]")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="type of weights and arithmetic [CPU: fp32, CUDA: bf16]")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes CUDA where it is [auto]")
+    args = parser.parse_args(argv)
+    for wrong, text in ((not (args.model or args.adapter), "--model or --adapter is needed"),
+                        (args.prompt is not None and args.file, "--prompt and --file exclude each other"),
+                        (args.input and args.prompt is None, "--input needs --prompt"), (args.out and not args.file, "--out needs --file"),
+                        (args.top_p == 0, "argument --top-p: got 0, expected more"),
+                        (0 < args.temperature < 0.001, f"argument --temperature: got {args.temperature}, expected 0 or at least 0.001")):
+        if wrong:
+            parser.error(text)
+    return args
+
+
+def between(kind: type, low: float, high: float = float("inf")) -> Callable[[str], Any]:
+    """A number that argparse takes if it lies between the two, both included."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high or value == float("inf"):
+            span = f"of at least {low}" if high == float("inf") else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected {'a whole number' if kind is int else 'a number'} {span}")
+        return value
+
+    return parse
+
+
+def main(argv: list[str]) -> None:
+    args = arguments(argv)
+    if args.out and args.out.exists():
+        raise EngineError("GENERATE-OUT", f"{args.out}: exists already; name another file")
+    rows = list(read_rows(args.file)) if args.file else []
+
+    answerer = Answerer(args)
+    if args.file:
+        answer_file(answerer, rows, args)
+    elif args.prompt is not None:
+        answerer.stream(args.prompt, args.input)
+        answerer.report()
+    else:
+        chat(answerer)
+
+
+def chat(answerer: "Answerer") -> None:
+    """Answers line after line, from a terminal or a pipe, until an empty one or the end."""
+    if at_terminal := sys.stdin.isatty():
+        import readline  # noqa: F401  lines can be edited and called back
+    while True:
+        try:
+            line = input("> " if at_terminal else "")
+        except EOFError:
+            line = ""
+        except UnicodeDecodeError as error:
+            raise EngineError("GENERATE-TEXT", f"standard input: {error}; expected UTF-8") from error
+        if not line.strip():
+            return
+        answerer.stream(line, "")
+
+
+def answer_file(answerer: "Answerer", rows: list[Row], args: argparse.Namespace) -> None:
+    """Writes {"instruction", "input", "answer"} for each row, in the rows' order, batch by batch."""
+    from tqdm import tqdm
+
+    prompts = [answerer.prompt(row, f"{args.file}:{row.line}: ") for row in rows]
+    try:
+        out = args.out.open("x", encoding="utf-8") if args.out else sys.stdout
+    except OSError as error:
+        raise EngineError("ENVIRONMENT-OUT", f"{args.out}: cannot be written: {error.strerror}; name another file", ENVIRONMENT) from error
+    with tqdm(total=len(rows), desc="answering", unit=" rows", disable=not sys.stderr.isatty(), leave=False) as progress:
+        for start in range(0, len(rows), args.batch):
+            batch = rows[start : start + args.batch]
+            for row, ids in zip(batch, answerer.answer(prompts[start : start + args.batch]), strict=True):
+                record = {"instruction": row.instruction, "input": row.input, "answer": answerer.tokenizer.decode(ids)}
+                print(json.dumps(record, ensure_ascii=False), file=out)
+            out.flush()
+            progress.update(len(batch))
+    answerer.report()
+    if args.out:
+        out.close()
+
+
+class Answerer:
+    """A model with all that it takes to ask it; says on standard error what it uses and why."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        import torch
+
+        from engine.data.tokenizer import load_tokenizer
+        from engine.export import load_for_inference, template_of
+        from engine.precision import DTYPES
+
+        on_cuda = torch.cuda.is_available() and args.device != "cpu"
+        if args.device == "cuda" and not on_cuda:
+            raise EngineError("ENVIRONMENT-CUDA", "--device cuda, but torch sees no CUDA device; leave it out", ENVIRONMENT)
+        base, folder = args.model or base_of(args.adapter), args.adapter or args.model
+        noted, dtype = template_of(folder), args.dtype or ("bf16" if on_cuda else "fp32")
+        self.template = args.template or noted or "alpaca"
+        why = "asked for" if args.template else f"{folder} says so" if noted else f"{folder} names none"
+        if self.template not in TEMPLATES:
+            raise EngineError("GENERATE-TEMPLATE", f"{folder}: names the template {noted!r}, expected one of {', '.join(TEMPLATES)}")
+        self.tokenizer = load_tokenizer(base)
+        self.model = load_for_inference(base, args.adapter, DTYPES[dtype], torch.device("cuda" if on_cuda else "cpu"))
+        if self.tokenizer.size > self.model.config.vocab_size:
+            raise EngineError("GENERATE-VOCABULARY", f"{base}: the tokenizer has {self.tokenizer.size} ids, the model {self.model.config.vocab_size}")
+        self.args, self.calls, self.tokens, self.seconds = args, 0, 0, 0.0
+        draws = f"temperature {args.temperature}, top-p {args.top_p}, seed {args.seed}" if args.temperature else "greedy"
+        print(f"{folder}: template {self.template} ({why}), {dtype} on {'cuda' if on_cuda else 'cpu'}, {draws}", file=sys.stderr)
+
+    def prompt(self, row: Row, where: str = "") -> list[int]:
+        """The ids to go on from. `where` begins the text of an error."""
+        from engine.data.tokenizer import prompt_ids
+
+        try:
+            f"{row.instruction}{row.input}".encode()
+        except UnicodeEncodeError as error:
+            raise EngineError("GENERATE-TEXT", f"{where}the prompt holds half a character ({error}); expected UTF-8") from error
+        ids, limit = prompt_ids(row, self.template, self.tokenizer), self.model.config.max_position_embeddings
+        if not 0 < len(ids) < limit:
+            raise EngineError("GENERATE-LENGTH", f"{where}the prompt has {len(ids)} tokens, expected 1 to {limit - 1}: prompt and answer "
+                              f"share the model's {limit} positions")
+        return ids
+
+    def answer(self, prompts: list[list[int]], on_token: Callable[[int, int], None] | None = None) -> list[list[int]]:
+        """Ids of the answers. Draws differ from call to call, and repeat from run to run."""
+        from engine.sampling import Sampling, generate
+
+        sampling = Sampling(self.args.temperature, self.args.top_p, self.args.seed + self.calls)
+        began = time.perf_counter()
+        answers = generate(self.model, prompts, self.tokenizer.eos, self.args.max_new_tokens, sampling, on_token)
+        self.seconds += time.perf_counter() - began
+        self.tokens, self.calls = self.tokens + sum(map(len, answers)), self.calls + 1
+        return answers
+
+    def stream(self, instruction: str, about: str) -> None:
+        """Prints an answer as it comes."""
+        text = Stream(self.tokenizer.decode)
+        self.answer([self.prompt(Row(0, instruction, about, ""))], lambda row, token: print(text.add(token), end="", flush=True))
+        print(text.rest())
+
+    def report(self) -> None:
+        print(f"{self.tokens} tokens in {self.seconds:.1f} s, {self.tokens / self.seconds:.1f} tokens/s", file=sys.stderr)
+
+
+class Stream:
+    """Text of tokens that come one at a time. What `add` and `rest` return is together what `decode` makes of them all.
+
+    The bytes of a character may be spread over tokens; until it is whole it is held back. Text of a token depends on the
+    one before it (a space is dropped at the start), so each is decoded with those last shown, not by itself.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self.decode, self.ids, self.start, self.shown = decode, [], 0, 0
+
+    def add(self, token: int) -> str:
+        """The text that is certain now, often empty."""
+        self.ids.append(token)
+        text = self.rest()
+        if not text or text.endswith("\ufffd"):
+            return ""
+        self.start, self.shown = self.shown, len(self.ids)
+        return text
+
+    def rest(self) -> str:
+        """What has not been shown, an unfinished character as \ufffd."""
+        return self.decode(self.ids[self.start :])[len(self.decode(self.ids[self.start : self.shown])) :]
+
+
+def base_of(adapter: Path) -> Path:
+    """The base model that an adapter names."""
+    path = adapter / "adapter_config.json"
+    try:
+        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise EngineError("GENERATE-ADAPTER", f"{path}: cannot be read: {error}; expected an adapter folder in PEFT's layout") from error
+    if not (Path(base or "") / "config.json").is_file():
+        raise EngineError("GENERATE-BASE", f"{path}: names the base model {base}, which is no folder here; give it with --model")
+    return Path(base)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,166 @@
+"""What the tests share: a tiny model with real parts, ragged rows, and a way to run training on several ranks.
+
+Ranks are forked from the test process: torch is imported once, so four gloo ranks start in a fraction of a second.
+"""
+
+import faulthandler
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # no pool of threads, so forking is safe
+
+from engine import train
+from engine.errors import EngineError
+
+ROOT = Path(__file__).resolve().parent.parent
+WORDS = "red blue green cat dog fish apple pear one two three runs sleeps eats 红 蓝 猫 狗 跑".split()
+TINY = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "tie_word_embeddings": True, "initializer_range": 0.1, "hidden_act": "silu"}
+
+
+def ragged_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Rows whose prompts and answers differ in length many times over; every third has no input."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def words(longest: int) -> str:
+        length = int(torch.randint(1, longest + 1, (1,), generator=draw))
+        return " ".join(WORDS[i] for i in torch.randint(len(WORDS), (length,), generator=draw).tolist())
+
+    return [{"instruction": words(4), "input": "" if i % 3 == 0 else words(6), "output": words(12)} for i in range(count)]
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A model folder: 3-layer Llama with grouped queries, random weights on disk, a sentencepiece tokenizer."""
+    import sentencepiece
+
+    from engine.models import weights
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    folder.mkdir()
+    text = folder.parent / "text.txt"
+    text.write_text("\n".join(" ".join(row.values()) for row in ragged_rows(300)) + "\n### Instruction:\n### Input:\n### Response:\n" * 20)
+    sentencepiece.SentencePieceTrainer.train(input=str(text), model_prefix=str(folder / "tokenizer"), vocab_size=340, byte_fallback=True,
+                                             model_type="bpe", minloglevel=2, num_threads=1)
+    (folder / "tokenizer.vocab").unlink()
+    (folder / "config.json").write_text(json.dumps({**TINY, "vocab_size": 340}))
+    model = weights.build(folder, "random", 3, torch.float32, torch.float32, torch.device("cpu"))
+    weights.write_folder(folder, {**TINY, "vocab_size": 340}, weights.untied(model))
+    return folder
+
+
+@pytest.fixture
+def recipe(tiny: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """Arguments for `train.main`: small defaults in a fresh folder, `key=value` strings override them."""
+    write_rows(tmp_path / "rows.jsonl", ragged_rows(23))
+    (tmp_path / "recipe.yaml").write_text("{}")
+
+    def arguments(*overrides: str, name: str = "run") -> list[str]:
+        base = {"run.folder": tmp_path / "runs", "run.name": name, "data.cache": tmp_path / "cache", "model.path": tiny,
+                "data.train": tmp_path / "rows.jsonl", "data.max_length": 64, "data.packing": "false", "optim.lr": "1e-2",
+                "train.global_batch": 8, "train.micro_batch": 2, "train.device": "cpu", "evaluate.samples": 0, "log.every_steps": 1000}
+        base |= dict(override.split("=", 1) for override in overrides)
+        return [str(tmp_path / "recipe.yaml"), *(f"{key}={value}" for key, value in base.items())]
+
+    return arguments
+
+
+class Ranks:
+    """Forked processes that each call `main` as one rank of `size`; their output goes to `log`."""
+
+    def __init__(self, size: int, main: Callable[[], int | None], log: Path) -> None:
+        self.log = log
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.pids = [self._fork(rank, size, port, main) for rank in range(size)]
+        self.codes: list[int] | None = None
+
+    def _fork(self, rank: int, size: int, port: int, main: Callable[[], int | None]) -> int:
+        pid = os.fork()
+        if pid:
+            return pid
+        code = 70
+        try:
+            output = os.open(self.log, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+            faulthandler.dump_traceback_later(60, file=sys.stderr)  # where a rank that hangs is
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            code = main() or 0
+        except BaseException as error:  # held until the process is gone, see errors.run
+            if isinstance(error, EngineError):
+                print(error)
+                code = error.exit_code
+            else:
+                traceback.print_exc()
+            sys.stdout.flush()
+            os._exit(code)
+        sys.stdout.flush()
+        os._exit(code)
+
+    def wait(self, timeout_s: float = 120) -> list[int]:
+        """Exit codes by rank; negative for a signal."""
+        end, codes = time.monotonic() + timeout_s, {}
+        while len(codes) < len(self.pids):
+            for pid in self.pids:
+                if pid not in codes and (found := os.waitpid(pid, os.WNOHANG))[0]:
+                    codes[pid] = os.waitstatus_to_exitcode(found[1])
+            if time.monotonic() > end:
+                self.kill()
+                raise AssertionError(f"ranks hang:\n{self.log.read_text()}")
+            time.sleep(0.005)
+        return [codes[pid] for pid in self.pids]
+
+    def kill(self) -> None:
+        for pid in self.pids:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+
+
+@pytest.fixture
+def ranks(tmp_path: Path) -> Iterator[Callable[..., Ranks]]:
+    """`ranks(size, arguments_or_function)` starts ranks; what is left of them at the end of the test is killed."""
+    started: list[Ranks] = []
+
+    def start(size: int, what: list[str] | Callable[[], int | None]) -> Ranks:
+        started.append(Ranks(size, (lambda: train.main(what)) if isinstance(what, list) else what, tmp_path / f"ranks-{len(started)}.log"))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.kill()
+
+
+@pytest.fixture
+def trained(ranks) -> Callable[[int, list[str]], None]:
+    """`trained(size, arguments)` runs training to its end and asserts that every rank left with 0."""
+
+    def run(size: int, arguments: list[str]) -> None:
+        started = ranks(size, arguments)
+        codes = started.wait()
+        assert codes == [0] * size, f"exit codes {codes}\n{started.log.read_text()}"
+
+    return run

@@ -1,0 +1,140 @@
+"""LoRA: identity at start, merged equals unmerged, adapters alone learn, and peft agrees."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from engine import lora, train
+from engine.attention import PackedAttention
+from engine.dropout import DropoutKeys
+from engine.errors import EngineError
+from engine.loss import summed_cross_entropy
+from engine.models import weights
+
+CPU = torch.device("cpu")
+IDS, POSITIONS = torch.arange(30), torch.arange(30)
+
+
+def build(folder: Path, targets=("q_proj", "v_proj", "down_proj"), dropout=0.0, dtype=torch.float32, randomise=False):
+    keys = DropoutKeys(1)
+    keys.set(0, [0], [30])
+    model = weights.build(folder, "pretrained", 0, dtype, torch.float32, CPU, keys=keys)
+    lora.apply(model, 4, 8.0, dropout, list(targets), keys, 7)
+    if randomise:
+        for module in lora.adapters(model).values():
+            torch.nn.init.normal_(module.lora_B, std=0.2, generator=torch.Generator().manual_seed(module.out_features))
+    return model
+
+
+def logits(model) -> torch.Tensor:
+    return model.lm_head(model(IDS, POSITIONS, PackedAttention([30], CPU)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_identity_at_start(tiny, dtype):
+    base = weights.build(tiny, "pretrained", 0, dtype, torch.float32, CPU)
+    base.requires_grad_(False)
+    assert torch.equal(logits(build(tiny, dtype=dtype)), logits(base))
+
+
+def test_merged_equals_unmerged_and_unmerging_restores_every_bit(tiny):
+    model = build(tiny, randomise=True)
+    before, stored = logits(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert not torch.equal(before, logits(build(tiny))), "the adapters are meant to matter"
+    lora.merge(model)
+    assert not torch.equal(model.state_dict()["model.layers.0.self_attn.q_proj.weight"], stored["model.layers.0.self_attn.q_proj.weight"])
+    assert (logits(model) - before).abs().max() <= 1e-5 * before.abs().max()
+    lora.unmerge(model)
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in model.state_dict().items()) and torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_alone_get_gradients_and_are_fp32(tiny, dtype):
+    model = build(tiny, dtype=dtype, randomise=True)
+    summed_cross_entropy(model(IDS, POSITIONS, PackedAttention([30], CPU)), model.lm_head.weight, IDS).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (".lora_" in name)
+        assert (parameter.grad is not None and float(parameter.grad.abs().sum()) > 0) == parameter.requires_grad, name
+        assert parameter.dtype == (torch.float32 if parameter.requires_grad else dtype)
+
+
+def test_dropout_is_off_in_evaluation_and_repeats_by_key(tiny):
+    model = build(tiny, dropout=0.5, randomise=True)
+    plain = logits(build(tiny, randomise=True))
+    assert torch.equal(logits(model.eval()), plain)
+    model.train()
+    keys = model.model.layers[0].self_attn.q_proj.dropout.keys
+    first, again = logits(model), logits(model)
+    keys.set(1, [0], [30])
+    other_step = logits(model)
+    keys.set(0, [1], [30])
+    other_place = logits(model)
+    assert torch.equal(first, again)
+    for one, other in ((first, plain), (first, other_step), (first, other_place), (other_step, other_place)):
+        assert not torch.equal(one, other)
+
+
+def test_dropout_keeps_the_right_share_and_the_mean():
+    from engine.dropout import KeyedDropout
+
+    keys = DropoutKeys(0)
+    keys.set(0, [0, 1], [500, 500])
+    dropped = KeyedDropout(0.25, keys).train()(torch.ones(1000, 200))
+    share = float((dropped == 0).float().mean())
+    assert abs(share - 0.25) < 5 * (0.25 * 0.75 / 200_000) ** 0.5 and dropped.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
+    assert not torch.equal(dropped[:500], dropped[500:]), "two sequences share a mask"
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_prj"], ["lm_head"], ["proj"]])
+def test_a_target_that_matches_nothing_is_an_error_even_one_of_several(tiny, targets):
+    with pytest.raises(EngineError, match="there are: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"):
+        build(tiny, targets=targets)
+
+
+def test_peft_computes_the_same_from_the_saved_adapter(tiny, tmp_path):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    model = build(tiny, randomise=True)
+    lora.save(model, tmp_path, str(tiny), 4, 8.0, 0.0, ["q_proj", "v_proj", "down_proj"])
+    theirs = peft.PeftModel.from_pretrained(transformers.LlamaForCausalLM.from_pretrained(tiny), tmp_path).eval()
+    assert (theirs(IDS[None]).logits[0] - logits(model)).abs().max() <= 1e-5
+    again = weights.build(tiny, "pretrained", 0, torch.float32, torch.float32, CPU)
+    lora.load(again, tmp_path)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_gradients_equal_peft(tiny, tmp_path):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    model = build(tiny, randomise=True)
+    lora.save(model, tmp_path, str(tiny), 4, 8.0, 0.0, ["q_proj", "v_proj", "down_proj"])
+    theirs = peft.PeftModel.from_pretrained(transformers.LlamaForCausalLM.from_pretrained(tiny), tmp_path, is_trainable=True)
+    targets = IDS.roll(-1)[:-1]
+    ours = summed_cross_entropy(model(IDS, POSITIONS, PackedAttention([30], CPU))[:-1], model.lm_head.weight, targets)
+    expected = torch.nn.functional.cross_entropy(theirs(IDS[None]).logits[0, :-1], targets, reduction="sum")
+    ours.backward()
+    expected.backward()
+    assert ours.item() == pytest.approx(expected.item(), rel=1e-6)
+    grads = {name: parameter.grad for name, parameter in theirs.named_parameters() if parameter.grad is not None}
+    for name, module in lora.adapters(model).items():
+        for part in "AB":
+            wanted = grads[f"base_model.model.{name}.lora_{part}.default.weight"]
+            assert (getattr(module, f"lora_{part}").grad - wanted).norm() / wanted.norm() <= 1e-4
+
+
+def test_training_leaves_the_base_as_it_was_and_exports_the_adapter(recipe, trained, tiny, tmp_path):
+    before = (tiny / "model.safetensors").read_bytes()
+    trained(2, recipe("lora.rank=4", "model.dtype=bf16", "train.max_steps=3"))
+    assert (tiny / "model.safetensors").read_bytes() == before
+    run = tmp_path / "runs/run"
+    assert set(load_file(run / "checkpoints/step-000000003/model.safetensors")) == {f"model.layers.{layer}.self_attn.{name}.lora_{part}"
+                                                                                      for layer in range(3) for name in ("q_proj", "v_proj") for part in "AB"}
+    assert json.loads((run / "export/adapter/adapter_config.json").read_text())["r"] == 4
+    assert (run / "export/adapter/tokenizer.model").exists()
+    assert sorted(path.name for path in (run / "export").iterdir()) == ["adapter"]
+
+
+def test_lora_needs_a_pretrained_base(recipe):
+    with pytest.raises(EngineError, match="needs a pretrained base"):
+        train.main(recipe("lora.rank=4", "model.init=random"))

@@ -1,0 +1,225 @@
+"""The model against transformers' own, and its attention against itself without packing."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY
+
+from engine import attention
+from engine.attention import PackedAttention
+from engine.errors import EngineError
+from engine.models import weights
+
+CPU = torch.device("cpu")
+ROPES = {
+    "default": {"rope_theta": 500.0},
+    "linear": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
+    "llama3": {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                                   "original_max_position_embeddings": 32, "rope_theta": 10000.0}},
+}
+
+
+def reference(tmp_path, tie=True, **fields):
+    """A random transformers Llama and the folder it was saved to."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    known = {key: value for key, value in TINY.items() if key not in ("architectures", "model_type", "tie_word_embeddings", "rope_theta")}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**known, vocab_size=97, tie_word_embeddings=tie, **fields)).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:  # norms of one would hide a norm that is not applied
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    model.save_pretrained(tmp_path / "hf", max_shard_size="30KB")
+    return model, tmp_path / "hf"
+
+
+def load(folder, **options):
+    return weights.build(folder, "pretrained", 0, torch.float32, torch.float32, CPU, **options)
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("tie", [True, False])
+def test_logits_and_gradients_equal_transformers(tmp_path, rope, tie):
+    theirs, folder = reference(tmp_path, tie, **ROPES[rope])
+    assert (folder / weights.INDEX).exists(), "the reference is meant to be sharded"
+    ours = load(folder)
+    ids = torch.randint(97, (80,), generator=torch.Generator().manual_seed(1))
+    logits = ours.lm_head(ours(ids, torch.arange(80), PackedAttention([80], CPU)))
+    expected = theirs(ids[None]).logits[0]
+    assert (logits - expected).abs().max() <= 1e-5
+    for model, out in ((ours, logits), (theirs, expected)):
+        F.cross_entropy(out[:-1], ids[1:]).backward()
+    wanted = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        assert (parameter.grad - wanted[name].grad).norm() / wanted[name].grad.norm() <= 1e-5, name
+
+
+def test_export_is_read_by_transformers_with_the_same_logits(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    theirs, folder = reference(tmp_path, rope_parameters=ROPES["llama3"]["rope_parameters"])
+    out = tmp_path / "out"
+    out.mkdir()
+    weights.write_folder(out, weights.read_config(folder), weights.untied(load(folder)))
+    ids = torch.arange(60)[None]
+    again = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert torch.equal(again(ids).logits, theirs(ids).logits)
+
+
+def test_shards_are_split_and_found_again(tmp_path, monkeypatch):
+    _, folder = reference(tmp_path)
+    monkeypatch.setattr(weights, "SHARD_BYTES", 20_000)
+    out = tmp_path / "out"
+    out.mkdir()
+    model = load(folder)
+    weights.write_folder(out, weights.read_config(folder), weights.untied(model))
+    assert len(list(out.glob("model-*.safetensors"))) > 2
+    for name, tensor in load(out).state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name])
+
+
+@pytest.mark.parametrize("path", ["sdpa", "reference"])
+def test_packed_logits_equal_each_document_alone(tiny, path):
+    model = load(tiny)
+    lengths = [1, 30, 7, 7, 19, 2, 40]
+    ids = torch.randint(340, (sum(lengths),), generator=torch.Generator().manual_seed(2))
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    packed = model.lm_head(model(ids, positions, PackedAttention(lengths, CPU, path)))
+    for document, logits in zip(ids.split(lengths), packed.split(lengths), strict=True):
+        alone = model.lm_head(model(document, torch.arange(len(document)), PackedAttention([len(document)], CPU)))
+        assert (alone - logits).abs().max() <= 2e-6 * alone.abs().max()
+
+
+@pytest.mark.parametrize("path", ["sdpa", "reference"])
+def test_a_change_in_one_document_never_reaches_another(tiny, path):
+    """Exactly: in values and in gradients, with and without documents that share a call."""
+    model = load(tiny)
+    lengths = [9, 8, 10, 30, 9]
+    ids = torch.randint(340, (sum(lengths),), generator=torch.Generator().manual_seed(3))
+    positions, attend = torch.cat([torch.arange(length) for length in lengths]), PackedAttention(lengths, CPU, path)
+    for changed in range(len(lengths)):
+        other = list(ids.split(lengths))
+        other[changed] = (other[changed] + 1) % 340
+        before, after = (model(tokens, positions, attend).split(lengths) for tokens in (ids, torch.cat(other)))
+        for document in range(len(lengths)):
+            assert torch.equal(before[document], after[document]) == (document != changed)
+    embedded = model.model.embed_tokens(ids).detach().requires_grad_()
+    model.model.embed_tokens.forward = lambda _: embedded
+    model(ids, positions, attend).split(lengths)[2].square().sum().backward()
+    touched = [bool(part.abs().sum() > 0) for part in embedded.grad.split(lengths)]
+    assert touched == [False, False, True, False, False]
+
+
+def test_attention_costs_no_square_of_the_pack():
+    """Floating-point work of 16 documents in one pack is 16 times that of one, where a dense mask would cost 256 times."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def flops(lengths: list[int]) -> int:
+        q = torch.randn(sum(lengths), 4, 8)
+        with FlopCounterMode(display=False) as counter:
+            PackedAttention(lengths, CPU)(0, q, q[:, :2], q[:, :2])
+        return counter.get_total_flops()
+
+    assert flops([64] * 16) == 16 * flops([64])
+    assert attention.choose("auto")[0] == "sdpa"
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_activation_checkpointing_gives_the_same_bits_and_uses_less_memory(tiny, every):
+    from torch.autograd.graph import saved_tensors_hooks
+
+    from engine.dropout import DropoutKeys
+
+    def run(checkpoint_every: int) -> tuple[list[torch.Tensor], int]:
+        keys, stored = DropoutKeys(5), {}
+        model = load(tiny, checkpoint_every=checkpoint_every, dropout=0.3, keys=keys).train()
+        keys.set(3, [4, 9], [20, 12])
+
+        def note(tensor):
+            stored[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = model(torch.arange(32), torch.cat([torch.arange(20), torch.arange(12)]), PackedAttention([20, 12], CPU)).square().sum()
+        loss.backward()
+        own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        return [parameter.grad for parameter in model.parameters()], sum(size for place, size in stored.items() if place not in own)
+
+    (plain, most), (recomputed, less) = run(0), run(every)
+    assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
+    assert less < (0.4 if every == 1 else 0.75) * most, f"{less} bytes kept for the backward, {most} without checkpointing"
+
+
+def test_activation_checkpointing_lowers_the_peak_of_a_process(tmp_path, ranks):
+    """Resident memory of a real forward and backward, each in a process of its own."""
+    import resource
+
+    folder = tmp_path / "wide"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**TINY, "vocab_size": 64, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 12}))
+
+    def peak(every: int) -> int:
+        model = weights.build(folder, "random", 0, torch.float32, torch.float32, CPU, checkpoint_every=every).train()
+        ids = torch.zeros(4096, dtype=torch.int64)
+        model(ids, torch.arange(128).repeat(32), PackedAttention([128] * 32, CPU)).sum().backward()
+        (tmp_path / f"peak-{every}").write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+        return 0
+
+    for every in (1, 0):
+        assert ranks(1, lambda every=every: peak(every)).wait() == [0]
+    saved, plain = (int((tmp_path / f"peak-{every}").read_text()) / 1024 for every in (1, 0))
+    assert saved < plain - 300, f"peak {saved:.0f} MB with checkpointing, {plain:.0f} MB without"
+
+
+def edit(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"model_type": "mamba"}, "model_type is 'mamba'"), ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    ({"attention_bias": True}, "attention_bias is True"), ({"rope_parameters": {"rope_type": "yarn"}}, "rope type is 'yarn'"),
+    ({"intermediate_size": 64}, "misshapen  model.layers.0.mlp.gate_proj.weight"), ({"num_hidden_layers": 4}, "missing    model.layers.3"),
+    ({"num_hidden_layers": 2}, "unexpected model.layers.2"),
+])
+def test_what_would_change_the_arithmetic_is_refused_by_name(tmp_path, changes, words):
+    _, folder = reference(tmp_path)
+    edit(folder, **changes)
+    with pytest.raises(EngineError, match=words):
+        load(folder)
+
+
+def test_pickled_weights_are_refused(tiny, tmp_path):
+    (tmp_path / "config.json").write_text((tiny / "config.json").read_text())
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(EngineError, match="is a pickle") as caught:
+        load(tmp_path)
+    assert caught.value.exit_code == 7
+
+
+def test_bf16_is_as_close_to_fp32_as_transformers(tmp_path):
+    """The yardstick is the reference's own error in bf16, not a number of ours."""
+    import transformers
+
+    theirs, folder = reference(tmp_path)
+    low = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    ours = weights.build(folder, "pretrained", 0, torch.bfloat16, torch.bfloat16, CPU)
+    ids = torch.randint(97, (100,), generator=torch.Generator().manual_seed(1))
+    exact = theirs(ids[None]).logits[0]
+    error = (ours.lm_head(ours(ids, torch.arange(100), PackedAttention([60, 40], CPU))) - exact)[:60].norm()
+    assert error <= 1.5 * (low(ids[None]).logits[0] - exact)[:60].norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrow_frozen_weights_under_fp32_arithmetic_equal_wide_ones(tiny, dtype):
+    narrow = weights.build(tiny, "pretrained", 0, dtype, torch.float32, CPU).requires_grad_(False)
+    wide = weights.build(tiny, "pretrained", 0, torch.float32, torch.float32, CPU).requires_grad_(False)
+    for one, other in zip(wide.parameters(), narrow.parameters(), strict=True):
+        one.copy_(other)
+    results = []
+    for model in (narrow, wide):
+        model.model.layers[0].self_attn.q_proj.bias = torch.nn.Parameter(torch.zeros(32))  # something to send a gradient to
+        hidden = model(torch.arange(40), torch.arange(40), PackedAttention([40], CPU))
+        hidden.square().sum().backward()
+        results.append((hidden.detach(), model.model.layers[0].self_attn.q_proj.bias.grad))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])

@@ -1,0 +1,141 @@
+"""Invariant 6: a run killed at any moment and started again ends bit-identical to one that was left alone."""
+
+import hashlib
+import json
+import random
+import time
+from pathlib import Path
+
+import pytest
+from conftest import Ranks
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from engine import train
+from engine.errors import CHECKPOINT, PREEMPTED, EngineError
+from engine.metrics import MEASURED
+
+FULL = ("model.dropout=0.2",)
+LORA = ("lora.rank=4", "lora.dropout=0.3", "lora.targets=[q_proj,down_proj]", "model.dropout=0.1")
+LONG = ("train.epochs=4", "checkpoint.every_steps=2", "checkpoint.keep=3", "data.packing=true", "train.global_batch=4")
+
+
+def result(run: Path) -> dict[str, str]:
+    """A digest of all that must repeat bit for bit: parameters, both moments, the record of steps, the export."""
+    last = sorted((run / "checkpoints").iterdir())[-1]
+    found = {f"{last.name}/{name}": hashlib.sha256((last / name).read_bytes()).hexdigest() for name in ("model.safetensors", "optimizer.safetensors")}
+    for path in (run / "export").glob("*/*.safetensors"):
+        found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {**found, "metrics": json.dumps([{key: value for key, value in line.items() if not key.startswith(MEASURED)} for line in lines])}
+
+
+def steps_done(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def kill_after(started: Ranks, run: Path, step: int, delay_s: float) -> None:
+    """SIGKILL to all ranks a moment after `step` lines are in the record."""
+    end = time.monotonic() + 60
+    while steps_done(run) < step:
+        assert time.monotonic() < end, started.log.read_text()
+        time.sleep(0.001)
+    time.sleep(delay_s)
+    started.kill()
+    assert any(code == -9 for code in started.wait()), "the run was over before it could be killed"
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("kind", [FULL, LORA], ids=["full", "lora"])
+def test_killed_and_resumed_equals_undisturbed(recipe, ranks, trained, tmp_path, size, kind):
+    trained(size, recipe(*kind, *LONG, name="whole"))
+    draw = random.Random(size * 10 + len(kind))
+    run = tmp_path / "runs" / "cut"
+    epoch = json.loads((tmp_path / "runs/whole/metrics.jsonl").read_text().splitlines()[0])["train/epoch"]
+    at = sorted({draw.randrange(1, 5), round(1 / epoch) + 1, draw.randrange(6, 10)})  # one of them just past an epoch's end
+    for step in at:
+        kill_after(ranks(size, recipe(*kind, *LONG, name="cut")), run, step, draw.random() * 0.03)
+    trained(size, recipe(*kind, *LONG, name="cut"))
+    assert result(run) == result(tmp_path / "runs" / "whole")
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    steps = [event.step for event in events.Scalars("train/loss")]
+    assert steps == list(range(1, len(steps) + 1)), "a step appears twice or not at all in TensorBoard"
+
+
+def test_first_step_after_a_resume_has_the_bucket_layout_of_later_steps(recipe, ranks, trained, tmp_path, monkeypatch):
+    """With four ranks the ring's order of addition depends on DDP's buckets, which change after a process's first
+    backward. Small buckets make many of them; without `distributed.settle` this test fails."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    plain = DistributedDataParallel.__init__
+    monkeypatch.setattr(DistributedDataParallel, "__init__", lambda self, *a, **k: plain(self, *a, **{**k, "bucket_cap_mb": 0.005}))
+    trained(4, recipe(*FULL, *LONG, name="whole"))
+    for last in (2, 4, 7):
+        stopped = ranks(4, lambda last=last: stop_after(last, recipe(*FULL, *LONG, name="cut")))
+        assert set(stopped.wait()) == {PREEMPTED}
+    trained(4, recipe(*FULL, *LONG, name="cut"))
+    assert result(tmp_path / "runs/cut") == result(tmp_path / "runs/whole")
+
+
+def stop_after(step: int, arguments: list[str]) -> int:
+    """Trains and sends itself SIGTERM once `step` is done."""
+    import os
+    import signal
+
+    from engine import metrics
+
+    log_step = metrics.Log.step
+
+    def step_and_ask(self, number, scalars):
+        log_step(self, number, scalars)
+        if number == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    metrics.Log.step = step_and_ask
+    return train.main(arguments)
+
+
+def test_asked_to_stop_saves_and_goes_on(recipe, ranks, trained, tmp_path):
+    trained(2, recipe(*FULL, *LONG, name="whole"))
+    stopped = ranks(2, lambda: stop_after(5, recipe(*FULL, *LONG, "checkpoint.every_steps=0", "checkpoint.each_epoch=false", name="cut")))
+    assert stopped.wait() == [PREEMPTED, PREEMPTED]
+    assert sorted(path.name for path in (tmp_path / "runs/cut/checkpoints").iterdir()) == ["step-000000005"]
+    trained(2, recipe(*FULL, *LONG, name="cut"))
+    assert result(tmp_path / "runs/cut") == result(tmp_path / "runs/whole")
+
+
+def test_resume_at_another_world_size_goes_on_with_the_same_rows(recipe, ranks, trained, tmp_path):
+    trained(2, recipe(*FULL, *LONG, name="whole"))
+    assert set(ranks(2, lambda: stop_after(4, recipe(*FULL, *LONG, name="cut"))).wait()) == {PREEMPTED}
+    trained(1, recipe(*FULL, *LONG, name="cut"))
+    for one, other in zip(*((json.loads(line) for line in (tmp_path / f"runs/{name}/metrics.jsonl").read_text().splitlines())
+                            for name in ("whole", "cut")), strict=True):
+        assert one["step"] == other["step"] and one.get("train/tokens") == other.get("train/tokens")
+        assert one["train/loss"] == pytest.approx(other["train/loss"], rel=1e-5)
+
+
+def test_dropout_does_not_depend_on_the_split(recipe, trained, tmp_path):
+    """Masks belong to a sequence's place in the global batch, so even with dropout on the split changes nothing but rounding."""
+    losses = []
+    for size, micro_batch in ((1, 4), (2, 1), (4, 2)):
+        trained(size, recipe(*LORA, "train.max_steps=3", f"train.micro_batch={micro_batch}", name=f"w{size}"))
+        losses.append([json.loads(line)["train/loss"] for line in (tmp_path / f"runs/w{size}/metrics.jsonl").read_text().splitlines()])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0] == pytest.approx(losses[2], rel=1e-5)
+
+
+def test_a_changed_recipe_is_refused_by_name(recipe, ranks, tmp_path):
+    assert set(ranks(1, lambda: stop_after(3, recipe(*LONG))).wait()) == {PREEMPTED}
+    with pytest.raises(EngineError, match="optim.lr: 0.01 → 0.02") as caught:
+        train.main(recipe(*LONG, "optim.lr=2e-2"))
+    assert caught.value.exit_code == CHECKPOINT
+    assert json.loads((tmp_path / "runs/run/last_error.json").read_text())["exit_code"] == CHECKPOINT
+
+
+def test_finished_run_is_kept_and_the_next_gets_its_own_folder(recipe, trained, tmp_path):
+    trained(1, recipe("train.max_steps=1"))
+    before = (tmp_path / "runs/run/metrics.jsonl").read_bytes()
+    trained(1, recipe("train.max_steps=2"))
+    assert (tmp_path / "runs/run/metrics.jsonl").read_bytes() == before and steps_done(tmp_path / "runs/run-2") == 2
+    assert load_file(tmp_path / "runs/run-2/export/model/model.safetensors")
