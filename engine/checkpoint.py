@@ -44,8 +44,8 @@ def save(folder: Path, step: int, snapshot: Snapshot, keep: int, best: int | Non
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in snapshot.model.items()}, building / FILES[0])
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in snapshot.optimizer.items()}, building / FILES[1])
         (building / FILES[2]).write_text(json.dumps({**snapshot.state, "step": step}, indent=2) + "\n", encoding="utf-8")
-        manifest = {"format": 1, "step": step, "files": {name: {"bytes": (building / name).stat().st_size, "sha256": _sha256(building / name)} for name in FILES}}
-        (building / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        files = {name: {"bytes": (building / name).stat().st_size, "sha256": _sha256(building / name)} for name in FILES}
+        (building / "manifest.json").write_text(_sealed({"format": 1, "step": step, "files": files}), encoding="utf-8")
         for path in building.iterdir():
             _fsync(path)
         _fsync(building)
@@ -95,8 +95,11 @@ def load(folder: Path, step: int) -> Snapshot:
 def damage(path: Path) -> str | None:
     """What keeps a checkpoint from being whole, or None."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        text = (path / "manifest.json").read_text(encoding="utf-8")
+        manifest = json.loads(text)
         files = manifest["files"]
+        if text != _sealed({key: value for key, value in manifest.items() if key != "seal"}):
+            return "manifest.json is not as it was written"
         if manifest["format"] != 1 or sorted(files) != sorted(FILES) or path.name != f"step-{manifest['step']:09d}":
             return "manifest.json belongs to something else"
         for name in FILES:
@@ -115,6 +118,12 @@ def compare_identity(path: Path, saved: dict[str, Any], current: dict[str, Any])
     if different := [f"{key}: {saved.get(key)} → {current.get(key)}" for key in sorted(saved.keys() | current.keys()) if saved.get(key) != current.get(key)]:
         raise EngineError("CHECKPOINT-IDENTITY", f"{path}: belongs to a run that differs (checkpoint → now): {'; '.join(different)}; "
                           "undo the change, or choose another run.name", CHECKPOINT)
+
+
+def _sealed(manifest: dict[str, Any]) -> str:
+    """The manifest's text, with its own SHA-256 in it."""
+    seal = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**manifest, "seal": seal}, indent=2) + "\n"
 
 
 def _steps(folder: Path) -> list[int]:

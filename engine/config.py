@@ -64,8 +64,7 @@ class Lora:
 @dataclass
 class Optim:
     lr: float = option(2e-5, "peak learning rate", low=0)
-    beta1: float = option(0.9, "AdamW: decay of the first moment per step", low=0, high=1)
-    beta2: float = option(0.999, "AdamW: decay of the second moment per step", low=0, high=1)
+    betas: list[float] = option([0.9, 0.999], "AdamW: decay of the first and second moment per step")
     eps: float = option(1e-8, "AdamW: added to the root of the second moment", low=0)
     weight_decay: float = option(0.0, "AdamW: decay of matrices; vectors are never decayed", low=0)
     clip_norm: float = option(1.0, "largest gradient norm, longer ones are scaled down; 0 never clips", low=0)
@@ -222,15 +221,13 @@ def _leaves_of_node(node: yaml.Node, prefix: str, path: Path, problems: list[str
             problems.append(f"{place}: {key} is given twice; keep one")
             continue
         seen.add(key)
+        if isinstance(value_node, yaml.MappingNode) and not prefix and key in {section.name for section in fields(Recipe)}:
+            yield from _leaves_of_node(value_node, key + ".", path, problems, seen)
+            continue
         try:
-            value = yaml.SafeLoader("").construct_object(value_node, deep=True)
+            yield key, yaml.SafeLoader("").construct_object(value_node, deep=True), place
         except yaml.YAMLError as error:
             problems.append(f"{place}: {key}: {getattr(error, 'problem', error)}")
-            continue
-        if isinstance(value_node, yaml.MappingNode) and "." not in key and key in {section.name for section in fields(Recipe)}:
-            yield from _leaves_of_node(value_node, key + ".", path, problems, seen)
-        else:
-            yield key, value, place
 
 
 def _leaves_of_arguments(arguments: list[str], problems: list[str]) -> Iterator[tuple[str, Any, str]]:
@@ -297,6 +294,8 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "lora.rank", "needs a pretrained base, got model.init=random; set lora.rank=0"
     if not recipe.lora.rank and recipe.model.dtype != "fp32":
         yield "model.dtype", f"got {recipe.model.dtype} without LoRA, expected fp32: trained weights are held in fp32 (train.precision sets the arithmetic)"
+    if len(recipe.optim.betas) != 2 or not all(0 <= beta < 1 for beta in recipe.optim.betas):
+        yield "optim.betas", f"got {recipe.optim.betas}, expected two numbers from 0 up to 1"
     if recipe.optim.warmup_ratio and recipe.optim.warmup_steps is not None:
         yield "optim.warmup_steps", "and optim.warmup_ratio are both given; keep one"
     if recipe.evaluate.exact_match_rows and not recipe.data.validation:

@@ -17,7 +17,7 @@ def build(trained: list[nn.Parameter], cfg: Optim) -> torch.optim.AdamW:
     groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": cfg.weight_decay},
               {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in trained)
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=fused)
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=cfg.lr, betas=tuple(cfg.betas), eps=cfg.eps, fused=fused)
 
 
 def warmup_steps(cfg: Optim, num_steps: int) -> int:

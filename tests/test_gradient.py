@@ -51,10 +51,10 @@ def reference_gradients(rows: dataset.Dataset, folder: Path) -> dict[str, torch.
 ])
 def test_every_split_gives_the_gradient_of_the_whole_batch(tiny, recipe, trained, with_mute_row, tmp_path, size, micro_batch, count, packing):
     write_rows(tmp_path / "rows.jsonl", ragged_rows(count, seed=5))
-    trained(size, recipe(f"train.micro_batch={micro_batch}", "train.max_steps=1", "optim.beta1=0", "optim.clip_norm=0", f"data.packing={packing}"))
+    trained(size, recipe(f"train.micro_batch={micro_batch}", "train.max_steps=1", "optim.betas=[0, 0.999]", "optim.clip_norm=0", f"data.packing={packing}"))
     rows = dataset.load_dataset(tmp_path / "rows.jsonl", load_tokenizer(tiny), "alpaca", 64, "error", tmp_path / "cache")
     assert len(rows) == count and (rows.targets_per_row() == 0).sum() == 1
-    # with beta1 = 0 AdamW's first moment is the gradient itself
+    # with a first beta of 0 AdamW's first moment is the gradient itself
     moments = load_file(tmp_path / "runs/run/checkpoints/step-000000001/optimizer.safetensors")
     for name, expected in reference_gradients(rows, tiny).items():
         error = float((moments[f"{name}.exp_avg"].double() - expected).norm() / expected.norm())

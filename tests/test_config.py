@@ -1,0 +1,109 @@
+"""Recipes: a mistake is told by file, line and nearest key, all of them at once, and before torch is imported."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+from engine import config
+from engine.errors import USER, EngineError
+
+
+def slips(word: str) -> set[str]:
+    """`word` with one letter dropped, doubled, or swapped with the next."""
+    dropped = {word[:i] + word[i + 1 :] for i in range(len(word))}
+    doubled = {word[:i] + word[i] + word[i:] for i in range(len(word))}
+    swapped = {word[:i] + word[i + 1] + word[i] + word[i + 2 :] for i in range(len(word) - 1)}
+    return (dropped | doubled | swapped) - {word, ""}
+
+
+@pytest.mark.parametrize("key", config.options())
+def test_every_slip_in_every_key_is_refused_with_a_suggestion(tmp_path, key):
+    section, name = key.split(".")
+    path = tmp_path / "recipe.yaml"
+    for wrong in [f"{section}.{slip}" for slip in slips(name)] + [f"{slip}.{name}" for slip in slips(section)]:
+        if wrong in config.options():
+            continue
+        path.write_text("{}")
+        problem = message([str(path), f"{wrong}=1"])
+        assert f"unknown option {wrong}; did you mean {key}?" in problem, problem
+    for slip in slips(name):
+        if f"{section}.{slip}" not in config.options():
+            path.write_text(f"# a comment\n{section}:\n  {slip}: 1\n")
+            assert f"{path}:3: unknown option {section}.{slip}; did you mean {key}?" in message([str(path)])
+
+
+def message(argv: list[str]) -> str:
+    with pytest.raises(EngineError) as caught:
+        config.load(argv)
+    assert caught.value.exit_code == USER
+    return str(caught.value)
+
+
+def test_all_mistakes_are_told_at_once_with_their_lines(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("optim:\n  lr: fast\n  schedul: cosine\n  clip_norm: -1\ntrain:\n  epochs: 1.5\n  precision: bf61\n"
+                    "  packing: true\n  micro_batch: true\noptim: {lr: 1}\nmodle: {path: x}\n")
+    found = message([str(path), "lora.rank=-3", "data.max_length=[1"])
+    for words in (":2: optim.lr: got 'fast', expected a number", ":3: unknown option optim.schedul; did you mean optim.schedule?",
+                  ":4: optim.clip_norm: got -1.0, expected at least 0", ":6: train.epochs: got 1.5, expected a whole number",
+                  ":7: train.precision: got 'bf61', expected one of fp32, bf16, fp16; did you mean bf16?",
+                  ":8: unknown option train.packing; did you mean data.packing?", ":9: train.micro_batch: got True, expected a whole number",
+                  ":10: optim is given twice", ":11: unknown option modle; did you mean", "command line: lora.rank: got -3, expected at least 0",
+                  "command line: data.max_length=[1: the value is not YAML"):
+        assert words in found, f"{words!r} is missing from\n{found}"
+    assert found.count("ERROR E-CONFIG-RECIPE") == 11
+
+
+@pytest.mark.parametrize(("overrides", "words"), [
+    (["train.micro_batch=99"], "command line: train.micro_batch got 99, expected at most train.global_batch = 8"),
+    (["lora.rank=4", "lora.targets=[]"], "lora.targets is empty"), (["model.path=nowhere"], "model.path got nowhere, expected a folder with config.json"),
+    (["data.train=nothing.jsonl"], "data.train got nothing.jsonl, expected a file that exists"), (["model.dtype=bf16"], "model.dtype got bf16 without LoRA"),
+    (["optim.warmup_steps=3", "optim.warmup_ratio=0.1"], "optim.warmup_steps and optim.warmup_ratio are both given"),
+    (["optim.betas=[0.9]"], "optim.betas got [0.9], expected two numbers"),
+    (["evaluate.exact_match_rows=5"], "evaluate.exact_match_rows needs data.validation"), (["run.name=../up"], "run.name got '../up'"),
+])
+def test_options_that_contradict_each_other_are_named(recipe, overrides, words):
+    assert words in message(recipe(*overrides))
+
+
+def test_overrides_win_and_a_dumped_recipe_loads_to_the_same(recipe, tmp_path):
+    loaded = config.load(recipe("optim.lr=1e-4", "lora.rank=4", "lora.targets=[k_proj, up_proj]", "train.max_steps=null"))
+    assert loaded.optim.lr == 1e-4 and loaded.lora.targets == ["k_proj", "up_proj"] and loaded.train.max_steps is None
+    (tmp_path / "dumped.yaml").write_text(config.dump(loaded))
+    assert config.load([str(tmp_path / "dumped.yaml")]) == loaded
+
+
+def test_every_option_is_documented_and_every_hardware_option_exists():
+    for key, spec in config.options().items():
+        assert len(spec.metadata["text"]) > 10 and key in config.help_text()
+    for prefix in config.HARDWARE:
+        assert any(key.startswith(prefix) for key in config.options())
+
+
+def test_nothing_in_a_recipe_is_executed(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"run:\n  name: !!python/object/apply:pathlib.Path.touch [{tmp_path}/canary]\n")
+    assert ":2: run.name: could not determine a constructor" in message([str(path)])
+    assert not (tmp_path / "canary").exists()
+
+
+def test_a_mistake_is_told_in_seconds_without_torch(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("optim:\n  lrr: 1\n")
+    program = f"import sys; sys.argv = ['train', {str(path)!r}]; sys.modules['torch'] = None; from engine import errors, train; errors.run(train.main)"
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == USER and time.monotonic() - began < 3
+    assert done.stderr == f"ERROR E-CONFIG-RECIPE {path}:2: unknown option optim.lrr; did you mean optim.lr?\n"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_loads_once_its_files_are_there(path, monkeypatch):
+    """Weights and rows that a user brings are not in the repository; everything else about the recipe is checked."""
+    monkeypatch.setattr(config.Path, "is_file", lambda self: True)
+    loaded = config.load([str(path)])
+    assert loaded.run.name == path.stem
+    assert path.read_text(encoding="utf-8").startswith("# ") and "torchrun" in path.read_text(encoding="utf-8")
