@@ -96,7 +96,7 @@ class Evaluate:
     every_steps: int = option(0, "steps between evaluations; 0: only at ends of epochs", low=0)
     each_epoch: bool = option(True, "evaluate at the end of each epoch")
     at_start: bool = option(True, "evaluate before the first step")
-    rows: int = option(0, "validation rows used during training; 0 takes all. The last evaluation takes all", low=0)
+    rows: int = option(0, "validation rows that the loss is taken over, the first of the file; 0 takes all", low=0)
     exact_match_rows: int = option(0, "rows answered greedily and compared with their output; -1 all, 0 none", low=-1)
     exact_match_during: bool = option(False, "count exact matches at every evaluation, not only the last")
     max_new_tokens: int = option(128, "tokens generated at most for a row", low=1)

@@ -66,9 +66,9 @@ class Evaluation:
         self.rows = [row for row in read_rows(Path(dataset.path)) if row.line in kept]
 
     def run(self, model: nn.Module, whole: bool = False) -> Report:
-        """Judges `model`; all ranks take part. The `whole` evaluation takes every row, and answers; others as the recipe says."""
+        """Judges `model`; all ranks take part. The `whole` evaluation answers too, others only where the recipe asks for it."""
         every, cfg = len(self.rows), self.cfg
-        rows = every if whole else min(cfg.rows, every) or every
+        rows = min(cfg.rows, every) or every
         wanted = (every if cfg.exact_match_rows < 0 else min(cfg.exact_match_rows, every)) if whole or cfg.exact_match_during else 0
         samples = min(cfg.samples, every) if whole else 0
         was_training = model.training
