@@ -51,10 +51,12 @@ class KeyedDropout(nn.Module):
         keys = self.keys
         if sum(keys.lengths) != len(x):
             raise RuntimeError(f"dropout keys are set for {sum(keys.lengths)} tokens, the micro-batch has {len(x)}")
-        mask, start = torch.empty(x.shape, dtype=x.dtype, device=x.device), 0
-        generator = torch.Generator(x.device)
+        width, bits, generator = x[0].numel(), [], torch.Generator(x.device)
         for place, length in zip(keys.places, keys.lengths, strict=True):
             generator.manual_seed(mix(keys.seed, keys.step, place, self.number) >> 1)
-            mask[start : start + length].bernoulli_(1 - self.p, generator=generator)
-            start += length
-        return x * mask.mul_(1 / (1 - self.p))
+            # 16 random bits an element, four elements to a draw: several times cheaper than a Bernoulli draw each
+            draws = torch.empty(-(-length * width // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None, generator=generator)
+            bits.append(draws.view(torch.int16)[: length * width])
+        dropped = round(self.p * 65536)
+        keep = (bits[0] if len(bits) == 1 else torch.cat(bits)).view(x.shape) >= dropped - 32768
+        return (x * keep).mul_(65536 / (65536 - dropped))

@@ -39,11 +39,15 @@ class _SummedCrossEntropy(torch.autograd.Function):
                 rows = slice(start, start + size)
                 x = hidden[rows].detach().to(dtype)
                 logits = widened(F.linear(x, head))
-                loss += F.cross_entropy(logits, targets[rows], reduction="sum")
+                # log-sum-exp by hand, in place: torch's log_softmax takes a second tensor of logits and ten times as long
+                logits -= logits.amax(-1, keepdim=True)
+                chosen = logits.gather(1, targets[rows, None])
+                total = logits.exp_().sum(-1, keepdim=True)
+                loss += (total.log() - chosen).sum()
                 if not (wants_hidden or wants_weight):
                     continue
                 # d loss / d logits = softmax - one-hot, in place of the logits
-                grad = torch.softmax(logits, dim=-1, out=logits)
+                grad = logits.div_(total)
                 grad[torch.arange(len(x), device=x.device), targets[rows]] -= 1
                 grad = grad.to(dtype)
                 if wants_hidden:

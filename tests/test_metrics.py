@@ -1,0 +1,105 @@
+"""What is written down: one line a step, the same in TensorBoard, honest rates, and evaluation by tokens."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ragged_rows, write_rows
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from engine import metrics
+from engine.attention import PackedAttention
+from engine.data.dataset import load_dataset
+from engine.data.tokenizer import load_tokenizer
+from engine.dropout import DropoutKeys
+from engine.lora import apply
+from engine.loss import summed_cross_entropy
+from engine.models import weights
+
+CPU = torch.device("cpu")
+SCALARS = ("train/loss", "train/lr", "train/grad_norm", "train/tokens_per_s", "train/target_tokens_per_s", "train/mfu", "train/loss_scale",
+           "memory/peak_rss_mb", "time/data", "time/forward", "time/backward", "time/optimizer", "time/step")
+
+
+@pytest.fixture
+def watched_run(recipe, trained, tmp_path):
+    rows = write_rows(tmp_path / "validation.jsonl", [{**row, "task": f"kind {i % 2}"} for i, row in enumerate(ragged_rows(11, seed=9))])
+    trained(2, recipe("train.epochs=2", f"data.validation={rows}", "evaluate.exact_match_rows=-1", "evaluate.max_new_tokens=5", "evaluate.samples=2",
+                      "checkpoint.keep=9"))
+    return tmp_path / "runs/run"
+
+
+def test_tensorboard_and_metrics_jsonl_hold_the_same_numbers(watched_run):
+    lines = [json.loads(line) for line in (watched_run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(7))
+    events = EventAccumulator(str(watched_run / "tensorboard"))
+    events.Reload()
+    for name in SCALARS:
+        assert [event.value for event in events.Scalars(name)] == pytest.approx([line[name] for line in lines[1:]])
+    for name in ("validation/loss", "validation/perplexity"):
+        assert [event.step for event in events.Scalars(name)] == [0, 3, 6]
+        assert [event.value for event in events.Scalars(name)] == pytest.approx([line[name] for line in lines if name in line])
+    assert [event.step for event in events.Scalars("validation/exact_match")] == [6]
+    texts = set(events.Tags()["tensors"])
+    assert {"recipe/text_summary", "samples/text_summary"} <= texts and any("hparams" in tag for tag in events.summary_metadata)
+    assert "global_batch: 8" in events.Tensors("recipe/text_summary")[0].tensor_proto.string_val[0].decode()
+
+
+def test_the_run_directory_describes_the_run(watched_run):
+    record = json.loads((watched_run / "run.json").read_text())
+    assert record["ranks"] == 2 and record["versions"]["torch"] and len(record["data"]) == len(record["weights"]) == 64
+    assert record["trained"] == record["parameters"] and "sdpa" in record["attention"] and "fp32" in record["precision"]
+    state = json.loads((watched_run / "checkpoints/step-000000006/state.json").read_text())
+    lines = [json.loads(line) for line in (watched_run / "metrics.jsonl").read_text().splitlines()]
+    assert state["best"]["loss"] == min(line["validation/loss"] for line in lines[1:] if "validation/loss" in line)
+    assert "validation/exact_match" in json.loads((watched_run / "finished.json").read_text())
+
+
+def test_validation_loss_is_the_mean_over_supervised_tokens(watched_run, tiny, tmp_path):
+    """Of the exported model, by torch's cross-entropy, each row alone; two ranks shared the rows unevenly."""
+    model = weights.build(watched_run / "export/model", "pretrained", 0, torch.float64, torch.float64, CPU)
+    rows = load_dataset(tmp_path / "validation.jsonl", load_tokenizer(tiny), "alpaca", 64, "error", tmp_path / "cache")
+    total = 0.0
+    for start, end in zip(rows.offsets[:-1], rows.offsets[1:], strict=True):
+        ids, mask = torch.from_numpy(rows.tokens[start:end].astype("int64")), torch.from_numpy(rows.supervised[start + 1 : end].copy())
+        logits = model.lm_head(model(ids, torch.arange(len(ids)), PackedAttention([len(ids)], CPU)))[:-1]
+        total += F.cross_entropy(logits[mask], ids[1:][mask], reduction="sum").item()
+    last = json.loads((watched_run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["validation/loss"] == pytest.approx(total / rows.supervised.sum(), rel=1e-6)
+
+
+def test_speed_counts_real_tokens(watched_run, tiny, tmp_path):
+    rows = load_dataset(tmp_path / "rows.jsonl", load_tokenizer(tiny), "alpaca", 64, "error", tmp_path / "cache")
+    lines = [json.loads(line) for line in (watched_run / "metrics.jsonl").read_text().splitlines()][1:]
+    assert sum(line["train/tokens"] for line in lines) == 2 * len(rows.tokens) and sum(line["train/targets"] for line in lines) == 2 * rows.supervised.sum()
+    for line in lines:
+        assert line["train/tokens_per_s"] * line["time/step"] == pytest.approx(line["train/tokens"])
+        assert line["time/step"] == pytest.approx(sum(value for name, value in line.items() if name.startswith("time/") and name != "time/step"))
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_flops_equal_torchs_own_count(tiny, rank):
+    """Matrix products as torch counts them; attention is compared apart, since the counter does not know causality."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = weights.build(tiny, "pretrained", 0, torch.float32, torch.float32, CPU)
+    if rank:
+        apply(model, rank, 8.0, 0.0, ["q_proj", "down_proj"], DropoutKeys(0), 0)
+    ids, targets = torch.arange(60), torch.arange(25)
+    with FlopCounterMode(display=False) as counter:
+        hidden = model(ids, torch.arange(60), PackedAttention([60], CPU))
+        summed_cross_entropy(hidden[:25], model.lm_head.weight, targets).backward()
+    products = sum(flops for operation, flops in counter.get_flop_counts()["Global"].items() if "attention" not in str(operation))
+    counted = metrics.Flops(model).of(60, 25, 0)
+    first_layer = 2 * 60 * 32 * (16 + 16) + (0 if not rank else 2 * 60 * 32 * 32)  # no gradient flows below the first layer's inputs
+    assert products == pytest.approx(counted, abs=0 if not rank else first_layer + 2 * 60 * 4 * 32)
+
+
+def test_attention_flops_are_those_of_the_causal_half():
+    config = {"num_attention_heads": 4, "head_dim": 8, "num_hidden_layers": 3}
+    flops = metrics.Flops.__new__(metrics.Flops)
+    flops.per_token = flops.per_target = 0
+    flops.per_square = 3.5 * 2 * config["num_attention_heads"] * config["head_dim"] * config["num_hidden_layers"]
+    # forward: two products of length² × width, halved by causality; backward five of them
+    assert flops.of(0, 0, 100**2) == 3 * (2 * 2 * 100**2 * 32 / 2 + 5 * 2 * 100**2 * 32 / 2)
