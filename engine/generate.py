@@ -203,7 +203,9 @@ class Stream:
         text = self.rest()
         if not text or text.endswith("\ufffd"):
             return ""
-        self.start, self.shown = self.shown, len(self.ids)
+        if not text.isspace():  # after nothing but spaces, more of them would be dropped
+            self.start = self.shown
+        self.shown = len(self.ids)
         return text
 
     def rest(self) -> str:

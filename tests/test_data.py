@@ -97,7 +97,7 @@ def test_a_bad_row_is_named_by_path_and_line(recipe, tmp_path, line, words):
 
 
 @pytest.mark.parametrize(("override", "words"), [
-    ("data.max_length=256", "data.max_length is 256, the model has 128 positions"), ("data.max_length=20", "rows.jsonl:1: has 23 tokens"),
+    ("data.max_length=256", "data.max_length is 256, the model has 128 positions"), ("data.max_length=20", "rows.jsonl:1: has 39 tokens"),
 ])
 def test_lengths_beyond_the_model_or_the_recipe_are_errors(recipe, override, words):
     with pytest.raises(EngineError, match=words):

@@ -32,7 +32,7 @@ def read_rows(path: Path) -> Iterator[Row]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     empty = False
-                    yield alpaca(_parse(line, path, number), path, number)
+                    yield alpaca(_parse(line.rstrip(b"\r\n"), path, number), path, number)
     except OSError as error:
         raise EngineError("DATA-FILE", f"{path}: cannot be read: {error.strerror}") from error
     if empty:

@@ -68,7 +68,7 @@ class SentencePiece:
         return number
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.model.decode([int(number) for number in ids])
+        return self.model.decode([int(number) for number in ids if number < self.size])  # embeddings may have more rows than there are pieces
 
 
 class JsonTokenizer:
