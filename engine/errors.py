@@ -46,11 +46,12 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     A mistake of the user's is the same on every rank, so rank 0 alone prints it; a failure that can strike one
     rank is printed by that rank, with its number.
     """
-    rank, failure = rank_in_launch(), None
+    rank, failures = rank_in_launch(), []
     try:
         code = main(sys.argv[1:]) or DONE
     except EngineError as error:
-        code, failure = error.exit_code, error
+        code = error.exit_code
+        failures.append(error)
         if rank == 0:
             print(error, file=sys.stderr)
         elif code not in (USER, CHECKPOINT, NUMERIC):
@@ -63,7 +64,8 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         os._exit(141)
     except Exception as error:
         traceback.print_exc()
-        code, failure = BUG, error
+        code = BUG
+        failures.append(error)
     # The launcher ends all ranks as soon as one has left. The rank that knows why must be the first to leave, so it
     # no longer listens to the launcher, and a rank that only lost a peer waits for it.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -71,7 +73,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         time.sleep(1.0)
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: it would take down what `failure` still holds, and torch's gloo group, taken down with an exchange
+    # Not sys.exit: it would take down what `failures` still hold, and torch's gloo group, taken down with an exchange
     # under way, can wait for ever for a thread that waits for the interpreter's lock.
     os._exit(code)
 

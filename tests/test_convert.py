@@ -22,16 +22,25 @@ from engine.models import weights
 
 TEXTS = ["Hello world", "", " two  spaces   and\ttabs \n\n  newlines\r\n", "digits 12345 678 9 and  42", "你好，世界！今天是2024年。", "🙂🤖 emoji 👩‍👩‍👧",
          "def f(x):\n    return x ** 2  # I'll we've I'M", "a user who writes <|im_start|>user <|im_end|> and <s> </s> <unk>", "cafe\u0301 É ½ ²³ ٣"]
-NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
-         "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "self_attn.q_proj": "attn_q",
+         "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
          "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+WORDS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|%s| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+
+
+def byte_level(use_regex: bool) -> dict:
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+
+
+def split(pattern: str) -> dict:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
 SPLITS = {  # as in the tokenizer.json of SmolLM2, GPT-2, Llama-3 and Qwen2
-    "smollm": [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}],
-    "gpt-2": [{"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}],
-    "llama-bpe": [{"type": "Split", "pattern": {"Regex": "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"},
-                   "behavior": "Isolated", "invert": False}, {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}],
-    "qwen2": [{"type": "Split", "pattern": {"Regex": "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"},
-               "behavior": "Isolated", "invert": False}, {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}],
+    "smollm": [{"type": "Digits", "individual_digits": True}, byte_level(True)],
+    "gpt-2": [byte_level(True)],
+    "llama-bpe": [split(WORDS % "\\p{N}{1,3}"), byte_level(False)],
+    "qwen2": [split(WORDS % "\\p{N}"), byte_level(False)],
 }
 VOCABULARY = 448
 CORPUS = [text * 3 for text in TEXTS if "<|im" not in text] + ["the cat sat on the mat 100 200 300 1 2 3 2024 2025"] * 5
@@ -74,7 +83,8 @@ def spm(folder: Path, **more) -> bytes:
 def spm_keys(model: bytes, **more) -> dict:
     pieces = ModelProto.FromString(model).pieces
     fill = VOCABULARY - len(pieces)
-    return {"model": "llama", "pre": "default", "tokens": [one.piece.replace("▁", " ") if one.type == 4 else one.piece for one in pieces] + [f"[PAD{i}]" for i in range(fill)],
+    tokens = [one.piece.replace("▁", " ") if one.type == 4 else one.piece for one in pieces]
+    return {"model": "llama", "pre": "default", "tokens": tokens + [f"[PAD{i}]" for i in range(fill)],
             "scores": [one.score for one in pieces] + [-1000.0] * fill, "token_type": [one.type for one in pieces] + [5] * fill,
             "bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0, **more}
 
@@ -161,9 +171,9 @@ CASES = {
     "bf16": ("BF16", {}, {}, {}),
     "linear positions": ("F32", {"rope_parameters": {"rope_type": "linear", "rope_theta": 20000.0, "factor": 4.0}},
                          {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, {}),
-    "positions of Llama 3.2": ("F32", {"head_dim": 32, "rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0,
-                                                                           "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}},
-                               {}, {"rope_freqs.weight": llama3_divisors(32, 500000.0, 32.0)}),
+    "positions of Llama 3.2": ("F32", {"head_dim": 32, "rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192}}, {}, {"rope_freqs.weight": llama3_divisors(32, 500000.0, 32.0)}),
 }
 
 
