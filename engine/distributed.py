@@ -14,6 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 from engine.errors import ENVIRONMENT, PEER, EngineError
 
 
+# Wrapped models live until the process ends. The last reference to one takes the gloo group down with the interpreter's
+# lock held, and waits for a thread that may want this lock to let go of its tensors: the rank would hang at the very end.
+_WRAPPED: list[nn.Module] = []
+
+
 @dataclass(frozen=True)
 class World:
     """This rank's place: `rank` of `size` processes, `local_rank` on its node, computing on `device`."""
@@ -53,11 +58,7 @@ def init(device: str, timeout_s: float) -> World:
 
 
 def close(world: World) -> None:
-    """Leaves the group once all ranks are here, so that none is gone while another still works.
-
-    The barrier has a second use. A gloo thread that has just finished a sum wants the interpreter's lock to release
-    its tensors; taking the group down holds that lock and waits for the thread. While a rank waits here, the lock is free.
-    """
+    """Leaves the group once all ranks are here, so that none is gone while another still works."""
     if world.size > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -67,8 +68,10 @@ def wrap(model: nn.Module, world: World) -> nn.Module:
     """`model` in DistributedDataParallel, so that backward sums gradients over ranks; `model` itself in a world of one."""
     if world.size == 1:
         return model
-    return DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None,
-                                   gradient_as_bucket_view=True)
+    wrapped = DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None,
+                                      gradient_as_bucket_view=True)
+    _WRAPPED.append(wrapped)
+    return wrapped
 
 
 def settle(ddp_model: nn.Module, zero_loss: Callable[[], Tensor]) -> None:

@@ -46,12 +46,11 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     A mistake of the user's is the same on every rank, so rank 0 alone prints it; a failure that can strike one
     rank is printed by that rank, with its number.
     """
-    rank, failures = rank_in_launch(), []
+    rank = rank_in_launch()
     try:
         code = main(sys.argv[1:]) or DONE
     except EngineError as error:
         code = error.exit_code
-        failures.append(error)
         if rank == 0:
             print(error, file=sys.stderr)
         elif code not in (USER, CHECKPOINT, NUMERIC):
@@ -62,10 +61,9 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         code = error.code or DONE
     except BrokenPipeError:  # the reader of our output left, as `| head` does
         os._exit(141)
-    except Exception as error:
+    except Exception:
         traceback.print_exc()
         code = BUG
-        failures.append(error)
     # The launcher ends all ranks as soon as one has left. The rank that knows why must be the first to leave, so it
     # no longer listens to the launcher, and a rank that only lost a peer waits for it.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -73,8 +71,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         time.sleep(1.0)
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: it would take down what `failures` still hold, and torch's gloo group, taken down with an exchange
-    # under way, can wait for ever for a thread that waits for the interpreter's lock.
+    # Not sys.exit: taking down torch's process group can wait for ever, see distributed.py.
     os._exit(code)
 
 
