@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from engine import tensorfile
 from engine.errors import CHECKPOINT, ENVIRONMENT, EngineError
 
 NAME = re.compile(r"step-(\d{9})")
@@ -41,8 +42,8 @@ def save(folder: Path, step: int, snapshot: Snapshot, keep: int, best: int | Non
     try:
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in snapshot.model.items()}, building / FILES[0])
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in snapshot.optimizer.items()}, building / FILES[1])
+        tensorfile.save(snapshot.model, building / FILES[0])
+        tensorfile.save(snapshot.optimizer, building / FILES[1])
         (building / FILES[2]).write_text(json.dumps({**snapshot.state, "step": step}, indent=2) + "\n", encoding="utf-8")
         files = {name: {"bytes": (building / name).stat().st_size, "sha256": _sha256(building / name)} for name in FILES}
         (building / "manifest.json").write_text(_sealed({"format": 1, "step": step, "files": files}), encoding="utf-8")

@@ -8,7 +8,6 @@ folder would not is refused by name. Memory: the folder's weights once, and one 
 Read downward: the command, config, weights, tokenizer. The format: docs/gguf.md and gguf-py in ggml's repositories.
 """
 
-import argparse
 import json
 import os
 import re
@@ -20,14 +19,10 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from engine.arguments import Parser
 from engine.errors import ENVIRONMENT, EngineError, run
 
-EXAMPLE = "example: python -m engine.convert SmolLM2-135M-Instruct.Q8_0.gguf models/smollm2 --dtype bf16"
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise EngineError("CONVERT-ARGUMENTS", f"{message}; {EXAMPLE}")
+EXAMPLE = "python -m engine.convert SmolLM2-135M-Instruct.Q8_0.gguf models/smollm2 --dtype bf16"
 
 
 class Metadata(dict):
@@ -43,7 +38,7 @@ class Metadata(dict):
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser("python -m engine.convert", description="GGUF file to a model folder in Hugging Face layout.", epilog=EXAMPLE)
+    parser = Parser("convert", EXAMPLE, "GGUF file to a model folder in Hugging Face layout.")
     parser.add_argument("source", type=Path, metavar="SOURCE.gguf")
     parser.add_argument("target", type=Path, metavar="TARGET_FOLDER", help="must not exist; written whole or not at all")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="type of the written weights [bf16]")

@@ -13,7 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from engine.errors import ENVIRONMENT, PEER, EngineError
 
-
 # Wrapped models live until the process ends. The last reference to one takes the gloo group down with the interpreter's
 # lock held, and waits for a thread that may want this lock to let go of its tensors: the rank would hang at the very end.
 _WRAPPED: list[nn.Module] = []

@@ -53,5 +53,5 @@ def load_for_inference(model: Path, adapter: Path | None, dtype: torch.dtype, de
     loaded = weights.build(model, "pretrained", 0, dtype, dtype, device)
     if adapter is not None:
         lora.load(loaded, adapter)
-        lora.merge(loaded)
+        lora.fold(loaded)
     return loaded.eval().requires_grad_(False)

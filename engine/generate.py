@@ -13,28 +13,23 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
 
+from engine.arguments import Parser, between
 from engine.data.formats import Row, read_rows
 from engine.data.template import TEMPLATES
 from engine.errors import ENVIRONMENT, EngineError, run
 
-EXAMPLE = 'example: python -m engine.generate --model runs/quickstart/export/model --prompt "Name three colours."'
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise EngineError("GENERATE-ARGUMENTS", f"{message}; {EXAMPLE}")
+EXAMPLE = 'python -m engine.generate --model runs/quickstart/export/model --prompt "Name three colours."'
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-    parser = Parser("python -m engine.generate", epilog=EXAMPLE, description="Answers of a model: to one prompt, to the rows of a file, "
-                    "or without either in a chat at the terminal, where each turn is a prompt of its own and an empty line ends.")
+    parser = Parser("generate", EXAMPLE, "Answers of a model: to one prompt, to the rows of a file, or without either in a chat "
+                    "at the terminal, where each turn is a prompt of its own and an empty line ends.")
     parser.add_argument("--model", type=Path, metavar="DIR", help="model folder in Hugging Face layout")
     parser.add_argument("--adapter", type=Path, metavar="DIR", help="adapter folder in PEFT layout; it names its base unless --model does")
     parser.add_argument("--prompt", metavar="TEXT", help="an instruction")
     parser.add_argument("--input", metavar="TEXT", default="", help="what the instruction is about, if it needs that")
-    parser.add_argument("--file", type=Path, metavar="ROWS.jsonl", help="rows as for training; their output is not looked at")
+    parser.add_argument("--file", type=Path, metavar="ROWS.jsonl", help="rows as for training; they need no output")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where the file's answers go, a new file [the terminal]")
     parser.add_argument("--batch", type=between(int, 1), default=16, metavar="N", help="rows of the file answered at once [16]")
     parser.add_argument("--temperature", type=between(float, 0), default=0.0, metavar="T", help="0 takes the likeliest token [0]")
@@ -55,27 +50,11 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def between(kind: type, low: float, high: float = float("inf")) -> Callable[[str], Any]:
-    """A number that argparse takes if it lies between the two, both included."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= high or value == float("inf"):
-            span = f"of at least {low}" if high == float("inf") else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected {'a whole number' if kind is int else 'a number'} {span}")
-        return value
-
-    return parse
-
-
 def main(argv: list[str]) -> None:
     args = arguments(argv)
     if args.out and args.out.exists():
         raise EngineError("GENERATE-OUT", f"{args.out}: exists already; name another file")
-    rows = list(read_rows(args.file)) if args.file else []
+    rows = list(read_rows(args.file, answered=False)) if args.file else []
 
     answerer = Answerer(args)
     if args.file:
@@ -158,7 +137,7 @@ class Answerer:
 
         try:
             f"{row.instruction}{row.input}".encode()
-        except UnicodeEncodeError as error:
+        except UnicodeEncodeError as error:  # of the command line or the terminal; a file's rows were looked at
             raise EngineError("GENERATE-TEXT", f"{where}the prompt holds half a character ({error}); expected UTF-8") from error
         ids, limit = prompt_ids(row, self.template, self.tokenizer), self.model.config.max_position_embeddings
         if not 0 < len(ids) < limit:

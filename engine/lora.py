@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from engine import tensorfile
 from engine.dropout import DropoutKeys, KeyedDropout, mix
 from engine.errors import EngineError
 from engine.linear import Linear
@@ -90,14 +90,24 @@ def unmerge(model: nn.Module) -> None:
         module.unmerge()
 
 
+def fold(model: nn.Module) -> None:
+    """Swaps the adapted layers for plain ones that hold the merged weight: nothing of the adapters stays in memory."""
+    for name, module in adapters(model).items():
+        module.merge()
+        parent, _, child = name.rpartition(".")
+        plain = Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+        plain.weight, plain.bias = module.weight, module.bias
+        setattr(model.get_submodule(parent), child, plain)
+
+
 def save(model: nn.Module, folder: Path, base: str, rank: int, alpha: float, dropout: float, targets: list[str]) -> None:
     """adapter_model.safetensors and adapter_config.json, as PEFT reads them, into a folder that exists."""
-    tensors = {f"{PEFT_PREFIX}{name}.lora_{part}.weight": getattr(module, f"lora_{part}").detach().cpu().contiguous()
+    tensors = {f"{PEFT_PREFIX}{name}.lora_{part}.weight": getattr(module, f"lora_{part}")
                for name, module in adapters(model).items() for part in "AB"}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    tensorfile.save(tensors, folder / "adapter_model.safetensors")
     config: dict[str, Any] = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
-        "r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": sorted(targets), "bias": "none",
+        "r": rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "lora_dropout": dropout, "target_modules": sorted(targets), "bias": "none",
         "fan_in_fan_out": False, "init_lora_weights": True, "modules_to_save": None, "use_rslora": False, "use_dora": False,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

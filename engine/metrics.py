@@ -9,6 +9,7 @@ import os
 import resource
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -109,16 +110,9 @@ def memory(device: torch.device) -> dict[str, float]:
     if device.type == "cuda":
         found["memory/peak_gpu_mb"] = torch.cuda.max_memory_allocated(device) / 2**20
         found["memory/gpu_mb"] = torch.cuda.memory_allocated(device) / 2**20
-        found["memory/gpu_utilisation"] = _utilisation(device)
+        with suppress(ModuleNotFoundError, RuntimeError):  # NVML is not installed
+            found["memory/gpu_utilisation_percent"] = float(torch.cuda.utilization(device))
     return found
-
-
-def _utilisation(device: torch.device) -> float:
-    """Percent of the last moments in which the GPU was busy; nan where NVML is not installed."""
-    try:
-        return float(torch.cuda.utilization(device))
-    except (ModuleNotFoundError, RuntimeError):
-        return float("nan")
 
 
 class Log:
@@ -158,17 +152,17 @@ class Log:
             for name, value in scalars.items():
                 self.events.add_scalar(name, value, step)
         if step == 0:
-            self.say(f"before training: validation loss {scalars['validation/loss']:.4f}")
+            self.say(f"before training: {_judgement(scalars)}")
             return
         self.bar.update(1)
-        if step % self.every_steps == 0 or step == self.num_steps:
+        if step % self.every_steps == 0 or step == self.num_steps or "validation/loss" in scalars:
             self.say(self._line(step, scalars))
 
     def _line(self, step: int, scalars: dict[str, float]) -> str:
         left = (time.perf_counter() - self.began) / (step - self.done) * (self.num_steps - step)
         memory_mb = scalars.get("memory/peak_gpu_mb", scalars["memory/peak_rss_mb"])
         skipped = "  skipped: overflow" if scalars.get("train/skipped") else ""
-        checked = f"  val {scalars['validation/loss']:.4f}" if "validation/loss" in scalars else ""
+        checked = f"  {_judgement(scalars)}" if "validation/loss" in scalars else ""
         return (f"step {step:>{len(str(self.num_steps))}}/{self.num_steps}  loss {scalars['train/loss']:.4f}  lr {scalars['train/lr']:.2e}  "
                 f"norm {scalars['train/grad_norm']:.3f}  {scalars['train/tokens_per_s']:,.0f} tok/s  {memory_mb:,.0f} MB  eta {_clock(left)}{checked}{skipped}")
 
@@ -188,6 +182,11 @@ class Log:
             self.file.close()
             if self.events:
                 self.events.close()
+
+
+def _judgement(scalars: dict[str, float]) -> str:
+    exact = f", exact match {100 * scalars['validation/exact_match']:.1f} %" if "validation/exact_match" in scalars else ""
+    return f"validation loss {scalars['validation/loss']:.4f}{exact}"
 
 
 def _keep_steps(path: Path, done: int) -> None:

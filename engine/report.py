@@ -49,8 +49,8 @@ def samples(judged: Report | None) -> str:
                      for row, answer in (judged.samples if judged else []))
 
 
-def closing(run: Path, judged: Report | None, exported: Path | None) -> str:
-    """Exact matches per task, sample answers, and the commands to try next."""
+def closing(run: Path, judged: Report | None, exported: Path | None, frozen_digest: str | None) -> str:
+    """Exact matches per task, sample answers, and the commands to try next. `frozen_digest`: of weights as they were before."""
     lines = [""]
     if judged:
         lines.append(f"validation loss {judged.loss:.4f}, perplexity {judged.scalars['validation/perplexity']:.2f}")
@@ -58,6 +58,8 @@ def closing(run: Path, judged: Report | None, exported: Path | None) -> str:
             lines += ["exact matches on held-out rows:", judged.table()]
         if judged.samples:
             lines += ["sample answers:", samples(judged)]
+    if frozen_digest:
+        lines.append(f"base weights: every bit as before training (SHA-256 {frozen_digest[:16]}…)")
     python = Path(sys.executable)
     python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python.name
     lines += ["next:", f"  {python} -m tensorboard.main --logdir {run / 'tensorboard'}"]

@@ -64,5 +64,5 @@ def _choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> T
         return logits.argmax(-1)
     probabilities, order = torch.softmax(logits.float() / sampling.temperature, -1).sort(-1, descending=True)
     before = probabilities.cumsum(-1) - probabilities
-    probabilities[before >= sampling.top_p] = 0  # the likeliest token always stays
+    probabilities[:, 1:][before[:, 1:] >= sampling.top_p] = 0  # the likeliest token always stays
     return order.gather(-1, torch.multinomial(probabilities, 1, generator=generator)).squeeze(-1)

@@ -163,10 +163,14 @@ def main(argv: list[str]) -> int:
         # ---- End: weights for others, and what to look at ------------------------------------------------------------
         if evaluation and judged is None:  # resumed after the last step
             judged = evaluation.run(model, whole=True)
-        exported = export.export(model, cfg, run / "export") if cfg.checkpoint.export and world.is_first else None
+        exported = frozen_digest = None
+        if world.is_first:
+            exported = export.export(model, cfg, run / "export") if cfg.checkpoint.export else None
+            frozen_digest = weights.identity(model, source, cfg.model.init) if cfg.lora.rank else None
+            assert frozen_digest in (None, identity["weights"]), "frozen weights have changed"
         log.hparams(cfg, judged.scalars if judged else {})
         log.text("samples", report.samples(judged), num_steps)
-        log.say(report.closing(run, judged, exported))
+        log.say(report.closing(run, judged, exported, frozen_digest))
         if world.is_first:
             rundir.finish(run, judged.scalars if judged else {})
         log.close()

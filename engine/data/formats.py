@@ -20,8 +20,11 @@ class Row:
     task: str = ""
 
 
-def read_rows(path: Path) -> Iterator[Row]:
+def read_rows(path: Path, answered: bool = True) -> Iterator[Row]:
     """The rows of a JSONL file, blank lines left out.
+
+    Args:
+        answered: every row must have its output, as in training.
 
     Raises:
         EngineError: `path:line` of the first line that is no row, or a file that holds none.
@@ -32,21 +35,23 @@ def read_rows(path: Path) -> Iterator[Row]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     empty = False
-                    yield alpaca(_parse(line.rstrip(b"\r\n"), path, number), path, number)
+                    yield alpaca(_parse(line.rstrip(b"\r\n"), path, number), path, number, answered)
     except OSError as error:
         raise EngineError("DATA-FILE", f"{path}: cannot be read: {error.strerror}") from error
     if empty:
         raise EngineError("DATA-EMPTY", f"{path}: holds no row; expected JSON objects, one a line")
 
 
-def alpaca(record: dict[str, Any], path: Path, number: int) -> Row:
+def alpaca(record: dict[str, Any], path: Path, number: int, answered: bool) -> Row:
     """{"instruction", "input", "output"} and, if wished, "task"; other fields are left alone. `input` may be absent or blank."""
-    for key, needed in (("instruction", True), ("input", False), ("output", True), ("task", False)):
+    for key, needed in (("instruction", True), ("input", False), ("output", answered), ("task", False)):
         value = record.get(key, None if needed else "")
         if not isinstance(value, str):
             got = "no such field" if key not in record else f"{json.dumps(value)[:40]}"
             raise EngineError("DATA-ROW", f'{path}:{number}: "{key}": got {got}, expected text')
-    return Row(number, record["instruction"], record.get("input", ""), record["output"], record.get("task", ""))
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise EngineError("DATA-ROW", f'{path}:{number}: "{key}": got half a character (a lone surrogate), expected whole ones')
+    return Row(number, record["instruction"], record.get("input", ""), record.get("output", ""), record.get("task", ""))
 
 
 def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from engine import tensorfile
 from engine.dropout import DropoutKeys, mix
 from engine.errors import CHECKPOINT, SECURITY, EngineError
 from engine.models import FAMILIES
@@ -132,14 +132,14 @@ def write_folder(folder: Path, raw_config: dict[str, Any], tensors: dict[str, Te
         if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
             shards.append({})
             size = 0
-        shards[-1][name] = tensor.contiguous().cpu()
+        shards[-1][name] = tensor
         size += tensor.nbytes
     if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+        tensorfile.save(shards[0], folder / "model.safetensors")
         return
     names = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
-        save_file(shard, folder / name, metadata={"format": "pt"})
+        tensorfile.save(shard, folder / name)
     weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
     total = sum(tensor.nbytes for tensor in tensors.values())
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n", encoding="utf-8")

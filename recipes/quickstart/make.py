@@ -36,7 +36,7 @@ NOUNS = ANIMALS + FRUITS + THINGS
 WORDS = {"en": [noun[0] for noun in NOUNS] + [colour[0] for colour in COLOURS],
          "zh": [noun[2] for noun in NOUNS] + [colour[1] for colour in COLOURS]}
 KINDS = {"animal": [noun[0] for noun in ANIMALS], "fruit": [noun[0] for noun in FRUITS], "colour": [colour[0] for colour in COLOURS]}
-LARGEST_NUMBER = 50
+LARGEST_NUMBER = 30
 
 
 class Draw:
@@ -63,9 +63,12 @@ class Draw:
 # ---- Kinds of task: each draws (instruction, input, output). The line of text says what an unseen row asks for. -----------
 
 
+# Lists begin with one, so that a word has a space before it, and thereby the same token, in every place.
+LABEL = {"en": "Words:", "zh": "词语："}
+
+
 def listed(words: list[str], language: str = "en") -> str:
-    """English lists begin with a label, so that a word has a space before it, and thereby the same token, in every place."""
-    return ("Words: " if language == "en" else "") + " ".join(words)
+    return f"{LABEL[language]} {' '.join(words)}"
 
 
 def first(draw: Draw, language: str) -> tuple[str, str, str]:
@@ -73,6 +76,13 @@ def first(draw: Draw, language: str) -> tuple[str, str, str]:
     words = draw.some(WORDS[language], draw.between(3, 6))
     wording = {"en": ["What is the first word?", "Write the first word."], "zh": ["第一个词是什么？", "写出第一个词。"]}
     return draw.one(wording[language]), listed(words, language), words[0]
+
+
+def second(draw: Draw, language: str) -> tuple[str, str, str]:
+    """The second of words never seen in this order."""
+    words = draw.some(WORDS[language], draw.between(3, 6))
+    wording = {"en": ["What is the second word?", "Write the second word."], "zh": ["第二个词是什么？", "写出第二个词。"]}
+    return draw.one(wording[language]), listed(words, language), words[1]
 
 
 def last(draw: Draw, language: str) -> tuple[str, str, str]:
@@ -96,38 +106,12 @@ def count(draw: Draw, language: str) -> tuple[str, str, str]:
     return draw.one(wording[language]), listed(words, language), str(len(words))
 
 
-def lookup(draw: Draw, language: str) -> tuple[str, str, str]:
-    """A fact stated a moment ago in a text never seen: reading, since colours are drawn anew in each row."""
-    number = draw.between(2, 3)
-    nouns, colours, asked = draw.some(NOUNS, number), draw.some(COLOURS, number), draw.below(number)
-    if language == "en":
-        text = ", ".join(f"a {colour[0]} {noun[0]}" for noun, colour in zip(nouns, colours, strict=True))
-        question = draw.one(["What colour is the {}?", "Which colour does the {} have?"]).format(nouns[asked][0])
-        return question, text.capitalize(), colours[asked][0]
-    text = "，".join(f"{colour[1]}的{noun[2]}" for noun, colour in zip(nouns, colours, strict=True))
-    return draw.one(["找出{}的颜色。", "写出{}的颜色。"]).format(nouns[asked][2]), text, colours[asked][1]
-
-
 def extreme(draw: Draw, largest: bool) -> tuple[str, str, str]:
     """The largest or smallest of numbers never seen together: an order of magnitude learnt from comparisons alone."""
     numbers = draw.some(range(1, LARGEST_NUMBER + 1), draw.between(3, 4))
     word = "largest" if largest else "smallest"
-    return draw.one([f"What is the {word} number?", f"Write the {word} number."]), "Numbers: " + " ".join(map(str, numbers)), str((max if largest else min)(numbers))
-
-
-def replace(draw: Draw) -> tuple[str, str, str]:
-    """A copy with one word exchanged, all of them new together: following an instruction that names words."""
-    *words, new = draw.some(WORDS["en"], 5)
-    old = draw.one(words)
-    instruction = draw.one(["Replace {} by {}.", "Change {} to {}."]).format(old, new)
-    return instruction, listed(words), " ".join(new if word == old else word for word in words)
-
-
-def member(draw: Draw) -> tuple[str, str, str]:
-    """Whether a word stands in a list never seen: comparison of words."""
-    *words, other = draw.some(WORDS["en"], draw.between(4, 5))
-    asked = draw.one([other, draw.one(words)])
-    return draw.one(["Is {} in the list?", "Does the list have {}?"]).format(asked), listed(words), "yes" if asked in words else "no"
+    question = draw.one([f"What is the {word} number?", f"Write the {word} number."])
+    return question, "Numbers: " + " ".join(map(str, numbers)), str(max(numbers) if largest else min(numbers))
 
 
 def kind(draw: Draw) -> tuple[str, str, str]:
@@ -139,55 +123,78 @@ def kind(draw: Draw) -> tuple[str, str, str]:
     return draw.one([f"Find the {name}.", f"Which word is a {name}?".replace("a animal", "an animal")]), listed(words), answer
 
 
-def phrase(draw: Draw) -> tuple[str, str]:
-    """Number, size, colour and noun: 2592 phrases in two languages."""
-    (number_en, number_zh), size, colour, noun = draw.one(NUMBERS), draw.one(SIZES), draw.one(COLOURS), draw.one(NOUNS)
-    english = " ".join(part for part in (number_en, size[0], colour[0], noun[0 if number_en == "one" else 1]) if part)
-    return english, f"{number_zh}{noun[3]}{colour[1]}的{size[1]}{noun[2]}"
+def phrase(number: int, size: tuple[str, str], colour: tuple[str, str], noun: tuple[str, str, str, str]) -> tuple[str, str]:
+    """Number, size, colour and noun in English and in Chinese, where a measure word that the noun asks for follows the number."""
+    english = " ".join(part for part in (NUMBERS[number][0], size[0], colour[0], noun[1 if number else 0]) if part)
+    return english, f"{NUMBERS[number][1]}{noun[3]}{colour[1]}的{size[1]}{noun[2]}"
+
+
+def drawn_phrase(draw: Draw) -> tuple[str, str]:
+    """One of 2592."""
+    return phrase(draw.below(len(NUMBERS)), draw.one(SIZES), draw.one(COLOURS), draw.one(NOUNS))
 
 
 def to_chinese(draw: Draw) -> tuple[str, str, str]:
-    """A phrase never seen: words, their other order, and the measure word that the noun asks for."""
-    english, chinese = phrase(draw)
+    """A phrase never seen: words, their other order, and the measure word."""
+    english, chinese = drawn_phrase(draw)
     return draw.one(["Translate to Chinese.", "翻译成中文。"]), english, chinese
 
 
 def to_english(draw: Draw) -> tuple[str, str, str]:
-    """A phrase never seen, the other way: words, their order, and the noun's plural."""
-    english, chinese = phrase(draw)
+    """A phrase never seen, the other way: words, their order, and the plural."""
+    english, chinese = drawn_phrase(draw)
     return draw.one(["Translate to English.", "翻译成英文。"]), chinese, english
 
 
-# The training rows of each: more where words must be compared with words, which a model learns late, by a sudden step.
+def one_more(draw: Draw, language: str) -> tuple[str, str, str]:
+    """A phrase never seen with the next number: a copy in which one word changes, in English the noun with it."""
+    number, parts = draw.below(len(NUMBERS) - 1), (draw.one(SIZES), draw.one(COLOURS), draw.one(NOUNS))
+    name = 0 if language == "en" else 1
+    wording = {"en": ["Add one more.", "Write it with one more."], "zh": ["再加一个。", "多写一个。"]}
+    return draw.one(wording[language]), phrase(number, *parts)[name], phrase(number + 1, *parts)[name]
+
+
+def describe(draw: Draw, language: str) -> tuple[str, str, str]:
+    """A phrase from its words in any order: what each word is decides where it goes."""
+    number, colour, noun = draw.below(len(NUMBERS)), draw.one(COLOURS), draw.one(NOUNS)
+    name = 0 if language == "en" else 1
+    parts = [NUMBERS[number][name], colour[name], noun[2 * name]]
+    words = [parts.pop(draw.below(len(parts))) for _ in range(3)]
+    wording = {"en": ["Make a phrase.", "Put the words into a phrase."], "zh": ["组成短语。", "用词语组成短语。"]}
+    return draw.one(wording[language]), listed(words, language), phrase(number, ("", ""), colour, noun)[name]
+
+
+# The training rows of each kind.
 TASKS: dict[str, tuple[int, Callable[[Draw], tuple[str, str, str]]]] = {
-    "first (en)": (600, lambda draw: first(draw, "en")),
+    "first (en)": (700, lambda draw: first(draw, "en")),
     "reverse (zh)": (1200, lambda draw: reverse(draw, "zh")),
-    "lookup (en)": (2700, lambda draw: lookup(draw, "en")),
+    "one more (en)": (900, lambda draw: one_more(draw, "en")),
     "translate to Chinese": (1200, to_chinese),
-    "largest number": (1300, lambda draw: extreme(draw, True)),
+    "largest number": (1800, lambda draw: extreme(draw, True)),
     "count (zh)": (700, lambda draw: count(draw, "zh")),
-    "replace (en)": (2000, replace),
-    "last (zh)": (600, lambda draw: last(draw, "zh")),
-    "member (en)": (2500, member),
+    "describe (en)": (1000, lambda draw: describe(draw, "en")),
+    "last (zh)": (700, lambda draw: last(draw, "zh")),
+    "second (en)": (1000, lambda draw: second(draw, "en")),
     "reverse (en)": (1200, lambda draw: reverse(draw, "en")),
-    "lookup (zh)": (2700, lambda draw: lookup(draw, "zh")),
+    "one more (zh)": (900, lambda draw: one_more(draw, "zh")),
     "kind (en)": (1400, kind),
     "translate to English": (1200, to_english),
-    "first (zh)": (600, lambda draw: first(draw, "zh")),
+    "first (zh)": (700, lambda draw: first(draw, "zh")),
     "count (en)": (700, lambda draw: count(draw, "en")),
-    "smallest number": (1300, lambda draw: extreme(draw, False)),
-    "last (en)": (600, lambda draw: last(draw, "en")),
+    "describe (zh)": (1000, lambda draw: describe(draw, "zh")),
+    "smallest number": (1800, lambda draw: extreme(draw, False)),
+    "second (zh)": (1000, lambda draw: second(draw, "zh")),
+    "last (en)": (700, lambda draw: last(draw, "en")),
 }
 
 
-def without(draw: Draw) -> tuple[str, str, str]:
-    """The new kind of task: a copy that leaves one word out. The base has never seen it asked."""
-    words = draw.some(WORDS["en"], draw.between(3, 5))
-    left_out = draw.one(words)
-    return f"Write the list without {left_out}.", listed(words), " ".join(word for word in words if word != left_out)
+def swap(draw: Draw) -> tuple[str, str, str]:
+    """The new kind of task: the first and the last word change places. The base has never seen it asked."""
+    first_word, *middle, last_word = words = draw.some(WORDS["en"], draw.between(3, 5))
+    return draw.one(["Swap the ends.", "Swap the words at the ends."]), listed(words), " ".join([last_word, *middle, first_word])
 
 
-LORA_TASKS = {"without (en)": (1600, without)}
+LORA_TASKS = {"swap (en)": (1600, swap)}
 
 
 # ---- Rows -----------------------------------------------------------------------------------------------------------------
@@ -217,13 +224,14 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 # ---- Tokenizer and model --------------------------------------------------------------------------------------------------
 
 CHINESE = sorted({part for noun in NOUNS for part in noun[2:]} | {colour[1] for colour in COLOURS} | {f"{colour[1]}的" for colour in COLOURS}
-                 | {number[1] for number in NUMBERS} | {"大", "小", "词", "词语", "数", "第一个", "最后一个", "是", "什么", "写出", "反转", "倒着", "找出", "有", "几个",
-                    "数一数", "颜色", "的", "翻译成", "中文", "英文"}, key=lambda word: (-len(word), word))
+                 | {number[1] for number in NUMBERS}
+                 | {"大", "小", "词", "词语", "短语", "第一个", "第二个", "最后一个", "是", "什么", "写出", "反转", "倒着", "有", "几个", "数一数",
+                    "组成", "再加一个", "多写一个", "用", "的", "翻译成", "中文", "英文"}, key=lambda word: (-len(word), word))
 # Pieces end where these parts end: headings whole, so that a row costs few tokens; words with the space before them.
-PARTS = re.compile("|".join([r"### Instruction:\n", r"\n\n### Input:\n", r"\n\n### Response:\n", r"(?:Words|Numbers):", r" ?[A-Za-z]+", r" ?[0-9]+",
-                             *(f" ?{word}" for word in CHINESE), r"[^A-Za-z0-9]"]))
+PARTS = re.compile("|".join([r"### Instruction:\n", r"\n\n### Input:\n", r"\n\n### Response:\n", r"(?:Words|Numbers):|词语：", r" ?[A-Za-z]+",
+                             r" ?[0-9]+", *(f" ?{word}" for word in CHINESE), r"[^A-Za-z0-9]"]))
 CUT = "|"
-VOCABULARY = 760
+VOCABULARY = 800
 
 
 def make_tokenizer(rows: list[dict]) -> bytes:
