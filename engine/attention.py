@@ -12,15 +12,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.cpu_attention import cpu_attention
+from engine.errors import EngineError
+
 # Documents share one call as long as the shortest is at least this share of the longest: little padding, few calls.
 SHORTEST_IN_CALL = 0.7
 
 
-def choose(requested: str) -> tuple[str, str]:
-    """The path in use and why. `sdpa`: torch's kernel, documents of like length side by side; `reference`: a dense mask."""
-    if requested == "reference":
-        return "reference", "asked for; a dense mask, costs the square of the pack"
-    return "sdpa", "asked for" if requested == "sdpa" else "torch's kernel per document, nothing is spent across documents"
+def choose(requested: str, device: torch.device, arithmetic: torch.dtype) -> tuple[str, str]:
+    """The path in use and why.
+
+    `sdpa`: torch's kernel, documents of like length side by side; `cpu`: ours, likewise; `reference`: a dense mask.
+    """
+    if requested == "cpu" and device.type != "cpu":
+        raise EngineError("CONFIG-ATTENTION", f"train.attention=cpu: got device {device.type}, expected cpu; set train.attention=auto")
+    if requested == "auto" and device.type == "cpu" and arithmetic.itemsize < 4:
+        return "cpu", "blocks of documents: torch's kernel for CPUs is slow and less exact in 16 bits"
+    if requested == "auto":
+        return "sdpa", "torch's kernel per document, nothing is spent across documents"
+    return requested, "asked for; a dense mask, costs the square of the pack" if requested == "reference" else "asked for"
 
 
 class PackedAttention:
@@ -28,11 +38,12 @@ class PackedAttention:
 
     Args:
         lengths: tokens of each document, in the order in which they lie in the flat dimension.
-        path: "sdpa" or "reference", as `choose` returned it.
+        path: "sdpa", "cpu" or "reference", as `choose` returned it.
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device, path: str = "sdpa") -> None:
-        self.attend = self._reference if path == "reference" else self._sdpa
+        self.attend = self._reference if path == "reference" else self._documents
+        self.kernel = cpu_attention if path == "cpu" else _sdpa
         self.lengths = list(lengths)
         starts = [0]
         for length in self.lengths:
@@ -72,12 +83,11 @@ class PackedAttention:
             offset += rows.numel()
         return gathers, restore.to(device)
 
-    def _sdpa(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _documents(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         outputs = []
         for tokens in self.gathers:
             q_BHTC, k_BKTC, v_BKTC = (x[tokens].transpose(1, 2) if self.restore is not None else x[None].transpose(1, 2) for x in (q, k, v))
-            out = F.scaled_dot_product_attention(q_BHTC, k_BKTC, v_BKTC, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
-            outputs.append(out.transpose(1, 2).flatten(0, 1))
+            outputs.append(self.kernel(q_BHTC, k_BKTC, v_BKTC).transpose(1, 2).flatten(0, 1))
         return outputs[0] if self.restore is None else torch.cat(outputs)[self.restore]
 
     def _reference(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -85,6 +95,10 @@ class PackedAttention:
         out = F.scaled_dot_product_attention(q_HTC[None], k_KTC[None], v_KTC[None], attn_mask=self.mask,
                                              enable_gqa=k.shape[1] != q.shape[1])
         return out[0].transpose(0, 1)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
 
 
 class KVCache:

@@ -50,6 +50,10 @@ def init(device: str, timeout_s: float) -> World:
     where = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
     if on_cuda:
         torch.cuda.set_device(where)
+    else:
+        # oneDNN keeps a compiled product for every shape it met, megabytes each, up to 1024 of them. Packs differ in shape
+        # from step to step; this many are those of a few micro-batches.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     if size > 1:
         dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(seconds=timeout_s),
                                 device_id=where if on_cuda else None)

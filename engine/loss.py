@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.linear import arithmetic_dtype, widened
 
-CHUNK_BYTES = 64 * 2**20  # of fp32 logits: large enough to keep a matrix product busy
+CHUNK_BYTES = {"cpu": 24 * 2**20, "cuda": 256 * 2**20}  # of fp32 logits: enough to keep a matrix product busy
 
 
 def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        size = max(1, CHUNK_BYTES // (4 * len(weight)))
+        size = max(1, CHUNK_BYTES[hidden.device.type] // (4 * len(weight)))
         loss = widened(hidden.new_zeros(()))
         grad_hidden = torch.zeros_like(hidden) if wants_hidden else None
         grad_weight = widened(torch.zeros_like(weight)) if wants_weight else None

@@ -23,6 +23,11 @@ class Precision:
     residual: torch.dtype
     reason: str
 
+    @property
+    def arithmetic(self) -> torch.dtype:
+        """The type of matrix products."""
+        return self.autocast or self.residual
+
     def context(self) -> AbstractContextManager:
         return nullcontext() if self.autocast is None else torch.autocast(self.device.type, dtype=self.autocast)
 

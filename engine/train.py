@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
         # ---- Model: trained weights are fp32, frozen ones as the recipe says ----------------------------------------
         frozen = precision.DTYPES[cfg.model.dtype] if cfg.lora.rank else None
         types = precision.choose(cfg.train.precision, frozen, device)
-        attention, why_attention = choose_attention(cfg.train.attention)
+        attention, why_attention = choose_attention(cfg.train.attention, device, types.arithmetic)
         keys = DropoutKeys(cfg.train.seed)
         model = weights.build(source, cfg.model.init, cfg.train.seed, precision.DTYPES[cfg.model.dtype], types.residual, device,
                               cfg.train.activation_checkpointing, cfg.model.dropout, keys)

@@ -10,8 +10,9 @@ ENGINE = ROOT / "engine"
 FLOORS = [
     {"errors", "tensorfile"},
     {"config", "arguments"},
-    {"distributed", "attention", "dropout", "linear", "signals"},
-    {"precision", "loss"},
+    {"distributed", "dropout", "linear", "signals"},
+    {"precision", "loss", "cpu_attention"},
+    {"attention"},
     {"models", "lora", "data"},
     {"metrics", "optim", "checkpoint", "sampling"},
     {"evaluate", "export", "rundir"},

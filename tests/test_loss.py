@@ -10,7 +10,7 @@ from engine import loss
 @pytest.mark.parametrize("count", [0, 1, 7, 64])
 @pytest.mark.parametrize("train_head", [True, False])
 def test_equals_cross_entropy(monkeypatch, count, train_head):
-    monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * 50 * 5)  # five rows at a time
+    monkeypatch.setattr(loss, "CHUNK_BYTES", {"cpu": 4 * 50 * 5})  # five rows at a time
     draw = torch.Generator().manual_seed(count)
     hidden, weight = torch.randn(count, 16, generator=draw, dtype=torch.float64), torch.randn(50, 16, generator=draw, dtype=torch.float64)
     targets = torch.randint(50, (count,), generator=draw)
@@ -42,7 +42,7 @@ def test_logits_exist_for_one_chunk_at_a_time(monkeypatch):
         return out
 
     monkeypatch.setattr(loss.F, "linear", watched)
-    monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * 100 * 8)
+    monkeypatch.setattr(loss, "CHUNK_BYTES", {"cpu": 4 * 100 * 8})
     loss.summed_cross_entropy(torch.randn(64, 4, requires_grad=True), torch.randn(100, 4), torch.zeros(64, dtype=torch.int64)).backward()
     assert largest == 8 * 100
 
