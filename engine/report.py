@@ -30,7 +30,8 @@ def equation(run: Path, cfg: Recipe, plan: Plan, rows: Dataset, num_steps: int, 
     exact = "=" if accumulation * cfg.train.micro_batch * ranks == cfg.train.global_batch else "≥"
     lines = {
         "run": f"{run}" + (f", resumed after step {start}" if start else ""),
-        "model": f"{cfg.model.path}, {known['parameters']:,} parameters, {known['trained']:,} trained ({100 * known['trained'] / known['parameters']:.2f} %): {kind}",
+        "model": f"{cfg.model.path}, {known['parameters']:,} parameters, {known['trained']:,} trained "
+                 f"({100 * known['trained'] / known['parameters']:.2f} %): {kind}",
         "precision": known["precision"],
         "attention": known["attention"],
         "rows": f"{rows.ledger['rows']:,} in {rows.path}{cut}{left_out}",
@@ -45,8 +46,8 @@ def equation(run: Path, cfg: Recipe, plan: Plan, rows: Dataset, num_steps: int, 
 
 def samples(judged: Report | None) -> str:
     """Each sampled row's question, the model's answer, and the row's own."""
-    return "\n".join(f"  > {' | '.join(part for part in (row.instruction, row.input) if part.strip())}\n    {answer.strip()}\n    (expected: {row.output.strip()})"
-                     for row, answer in (judged.samples if judged else []))
+    return "\n".join(f"  > {' | '.join(part for part in (row.instruction, row.input) if part.strip())}\n"
+                     f"    {answer.strip()}\n    (expected: {row.output.strip()})" for row, answer in (judged.samples if judged else []))
 
 
 def closing(run: Path, judged: Report | None, exported: Path | None, frozen_digest: str | None) -> str:

@@ -87,6 +87,7 @@ def test_ids_equal_transformers(bpe):
     (b'{"instruction": "a"}', ':2: "output": got no such field'), (b'{"instruction": "a", "output": 5}', ':2: "output": got 5, expected text'),
     (b'{"instruction": null, "output": "b"}', ':2: "instruction": got null'), (b'{"instruction": "\xff", "output": "b"}', ":2:18: byte 0xff is not UTF-8"),
     (b'{"instruction": "a", "output": "b", "input": []}', ':2: "input": got []'),
+    (rb'{"instruction": "a", "output": "\ud83d"}', ':2: "output": got half a character'),
 ])
 def test_a_bad_row_is_named_by_path_and_line(recipe, tmp_path, line, words):
     path = tmp_path / "rows.jsonl"

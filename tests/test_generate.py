@@ -98,7 +98,7 @@ def test_draws_repeat_with_their_seed(model):
 
     greedy = draw()
     assert draw(temperature=0.0, top_p=0.5, seed=9) == greedy
-    assert draw(temperature=1.0, top_p=1e-9, seed=3) == greedy == draw(temperature=0.001)
+    assert draw(temperature=1.0, top_p=1e-9, seed=3) == draw(temperature=1.0, top_p=0.0) == greedy == draw(temperature=0.001)
     assert draw(temperature=1.5, seed=3) == draw(temperature=1.5, seed=3) != draw(temperature=1.5, seed=4)
     assert draw(temperature=1.5, top_p=0.9, seed=3) != greedy
 
@@ -194,6 +194,9 @@ def test_a_file_of_rows(folder, model, tmp_path, capsys):
     assert capsys.readouterr().out == out.read_text(encoding="utf-8")
     with pytest.raises(EngineError, match="exists already"):
         command.main([*start, "--out", str(out)])
+    unanswered = write_rows(tmp_path / "unanswered.jsonl", [{key: row[key] for key in ("instruction", "input")} for row in rows])
+    command.main([*start[: start.index("--file")], "--file", str(unanswered)])
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == written
     same = write_rows(tmp_path / "same.jsonl", rows[:1] * 4)  # one row in four batches: each draws anew
     command.main([*start[:-4], "--file", str(same), "--batch", "1", "--temperature", "1.5"])
     assert len(set(capsys.readouterr().out.splitlines())) == 4

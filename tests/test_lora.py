@@ -1,6 +1,7 @@
 """LoRA: identity at start, merged equals unmerged, adapters alone learn, and peft agrees."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,15 @@ def test_merged_equals_unmerged_and_unmerging_restores_every_bit(tiny):
     assert (logits(model) - before).abs().max() <= 1e-5 * before.abs().max()
     lora.unmerge(model)
     assert all(torch.equal(tensor, stored[name]) for name, tensor in model.state_dict().items()) and torch.equal(logits(model), before)
+
+
+def test_folding_leaves_plain_layers_with_the_merged_weight(tiny):
+    model, merged = build(tiny, randomise=True), build(tiny, randomise=True)
+    names = list(model.state_dict())
+    lora.merge(merged)
+    lora.fold(model)
+    assert torch.equal(logits(model), logits(merged))
+    assert not lora.adapters(model) and list(model.state_dict()) == [name for name in names if ".lora_" not in name]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -130,7 +140,11 @@ def test_training_leaves_the_base_as_it_was_and_exports_the_adapter(recipe, trai
     run = tmp_path / "runs/run"
     assert set(load_file(run / "checkpoints/step-000000003/model.safetensors")) == {f"model.layers.{layer}.self_attn.{name}.lora_{part}"
                                                                                       for layer in range(3) for name in ("q_proj", "v_proj") for part in "AB"}
-    assert json.loads((run / "export/adapter/adapter_config.json").read_text())["r"] == 4
+    text = (run / "export/adapter/adapter_config.json").read_text()
+    assert json.loads(text)["r"] == 4 and '"lora_alpha": 16,' in text
+    mask = os.umask(0)
+    os.umask(mask)
+    assert (run / "export/adapter/adapter_model.safetensors").stat().st_mode & 0o777 == 0o666 & ~mask
     assert (run / "export/adapter/tokenizer.model").exists()
     assert sorted(path.name for path in (run / "export").iterdir()) == ["adapter"]
 
