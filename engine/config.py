@@ -108,7 +108,16 @@ class Checkpoint:
     every_steps: int = option(0, "steps between checkpoints; 0: only at ends of epochs", low=0)
     each_epoch: bool = option(True, "save at the end of each epoch")
     keep: int = option(2, "newest checkpoints kept, beside the best", low=1)
-    export: bool = option(True, "write export/model or export/adapter at the end")
+
+
+@dataclass
+class Export:
+    kinds: list[str] = option(["auto"], "written at the end: adapter, model (adapters merged), gguf; auto: adapter with LoRA, else model; [] nothing",
+                              ("auto", "adapter", "model", "gguf"))
+    dtype: str = option("fp32", "type of a model's written weights", ("fp32", "bf16", "fp16"))
+    gguf_type: str = option("bf16", "type of matrices in model.gguf", ("fp32", "bf16", "fp16", "q8_0"))
+    verify_rows: int = option(8, "held-out rows, else training rows, on which what was written is compared with what was trained", low=1)
+    max_kl: float = option(0.01, "mean KL divergence, nats a token, beyond which an export fails", low=0)
 
 
 @dataclass
@@ -127,6 +136,7 @@ class Recipe:
     train: Train = field(default_factory=Train)
     evaluate: Evaluate = field(default_factory=Evaluate)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    export: Export = field(default_factory=Export)
     log: Log = field(default_factory=Log)
 
 
@@ -137,7 +147,7 @@ def options() -> dict[str, Any]:
 
 # Options that may differ between the launches of one run: they place, pace or show the work and leave its result alone.
 # What data and model paths hold is compared by content instead.
-HARDWARE = ("run.", "log.", "evaluate.", "checkpoint.", "data.cache", "data.train", "data.validation", "model.path", "train.device",
+HARDWARE = ("run.", "log.", "evaluate.", "checkpoint.", "export.", "data.cache", "data.train", "data.validation", "model.path", "train.device",
             "train.micro_batch", "train.activation_checkpointing", "train.attention", "train.timeout_s")
 
 
@@ -253,8 +263,9 @@ def _assign(merged: Any, key: str, value: Any) -> str | None:
         value = OmegaConf.select(merged, key)
     except OmegaConfBaseException:
         return f"{key}: got {value!r}, expected {_kind(kind)}"
-    if metadata["choices"] and value not in metadata["choices"]:
-        return f"{key}: got {value!r}, expected one of {', '.join(metadata['choices'])}{_nearest(str(value), metadata['choices'])}"
+    wrong = [each for each in (value if kind == list[str] else [value]) if metadata["choices"] and each not in metadata["choices"]]
+    if wrong:
+        return f"{key}: got {wrong[0]!r}, expected one of {', '.join(metadata['choices'])}{_nearest(str(wrong[0]), metadata['choices'])}"
     low, high = metadata["low"], metadata["high"]
     if value is not None and ((low is not None and not value >= low) or (high is not None and not value <= high)):
         return f"{key}: got {value}, expected {f'at least {low}' if high is None else f'{low} to {high}'}"

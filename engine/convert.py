@@ -1,297 +1,71 @@
-"""A GGUF file -> a model folder in Hugging Face layout, which every other command reads.
+"""Weights from one form into another: a GGUF file or a model folder, with an adapter or without, to a folder or a GGUF file.
 
     python -m engine.convert model.Q8_0.gguf models/mine --dtype bf16
+    python -m engine.convert models/mine merged --adapter runs/lora/export/adapter
+    python -m engine.convert models/mine mine.gguf --dtype q8_0
 
-Llama architecture. Quantised weights are widened to --dtype, which adds size and no accuracy. What the file holds and the
-folder would not is refused by name. Memory: the folder's weights once, and one tensor in fp32.
-
-Read downward: the command, config, weights, tokenizer. The format: docs/gguf.md and gguf-py in ggml's repositories.
+Every target is written under a temporary name and gets its own once it is whole.
 """
 
-import json
-import os
-import re
-import shutil
-import sys
-from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
 
-import numpy as np
-
+from engine import gguf_in
 from engine.arguments import Parser
-from engine.errors import ENVIRONMENT, EngineError, run
+from engine.errors import EngineError, run
+from engine.publish import published
 
 EXAMPLE = "python -m engine.convert SmolLM2-135M-Instruct.Q8_0.gguf models/smollm2 --dtype bf16"
-
-
-class Metadata(dict):
-    """The file's keys; `metadata[key]` needs the key, `metadata.get(key)` does not."""
-
-    source: Path
-
-    def __missing__(self, key: str) -> NoReturn:
-        self.refuse(f"has no {key}; convert to GGUF again with a current llama.cpp")
-
-    def refuse(self, what: str) -> NoReturn:
-        raise EngineError("CONVERT-UNSUPPORTED", f"{self.source}: {what}")
+DTYPES = {"folder": ("bf16", "fp16", "fp32"), "gguf": ("bf16", "fp16", "fp32", "q8_0")}
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser("convert", EXAMPLE, "GGUF file to a model folder in Hugging Face layout.")
-    parser.add_argument("source", type=Path, metavar="SOURCE.gguf")
-    parser.add_argument("target", type=Path, metavar="TARGET_FOLDER", help="must not exist; written whole or not at all")
-    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="type of the written weights [bf16]")
+    parser = Parser("convert", EXAMPLE, "Weights from a GGUF file or a model folder to a model folder or a GGUF file.")
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="a .gguf file, or a model folder in Hugging Face layout")
+    parser.add_argument("target", type=Path, metavar="TARGET", help="a folder, or a file that ends in .gguf; must not exist")
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="adapter folder in PEFT layout, merged in fp32 and rounded once")
+    parser.add_argument("--dtype", choices=DTYPES["gguf"], default="bf16", help="type of the written weights; q8_0 in GGUF alone [bf16]")
     args = parser.parse_args(argv)
-    convert(args.source, args.target, args.dtype)
-    print(f"{args.target}: written; try: python -m engine.generate --model {args.target}")
+    kind = "gguf" if args.target.suffix == ".gguf" else "folder"
+    if args.dtype not in DTYPES[kind]:
+        parser.error(f"--dtype: got {args.dtype} for a folder, expected one of {', '.join(DTYPES[kind])}")
+    if args.source.is_dir():
+        from_folder(args.source, args.target, args.dtype, args.adapter)
+    elif kind == "gguf" or args.adapter:
+        parser.error(f"SOURCE: got the file {args.source}, expected a model folder here; convert it to a folder first")
+    else:
+        gguf_in.to_folder(args.source, args.target, args.dtype)
+    hint = f"; try: python -m engine.generate --model {args.target}" if kind == "folder" else ""
+    print(f"{args.target}: written{hint}")
 
 
-def convert(source: Path, target: Path, dtype: str) -> None:
-    """Writes the folder `target` from `source`; `dtype` is "bf16", "fp16" or "fp32".
+def from_folder(source: Path, target: Path, dtype: str, adapter: Path | None) -> None:
+    """Writes `target`, a folder or a GGUF file, from a model folder, with `adapter` merged where one is given.
 
     Raises:
-        EngineError: the target exists or cannot be written; the source is no GGUF, or holds what is not carried over.
+        EngineError: the target exists or cannot be written; the source is no model, or one that GGUF is not written for.
     """
     if target.exists():
-        raise EngineError("CONVERT-TARGET", f"{target}: exists already; name another folder, or remove this one")
-    gguf = extra("gguf", source)
+        raise EngineError("CONVERT-TARGET", f"{target}: exists already; name another, or remove this one")
 
     import torch
-    from safetensors import SafetensorError
 
-    from engine.data.tokenizer import load_tokenizer
+    from engine import gguf_out, lora
+    from engine.data.tokenizer import copy_tokenizer
     from engine.models import weights
-    from engine.precision import DTYPES
+    from engine.precision import DTYPES as TORCH_DTYPES
 
-    try:
-        file = gguf.GGUFReader(source)
-        metadata = Metadata((name, field.contents()) for name, field in file.fields.items())
-    except (OSError, ValueError, LookupError, OverflowError) as error:
-        raise EngineError("CONVERT-FILE", f"{source}: cannot be read as GGUF: {error}; fetch it again") from error
-    metadata.source = source
-    raw = {tensor.name: tensor for tensor in file.tensors}
-    names, building = hf_names(metadata, raw), target.with_name(f".tmp-{target.name}")
-    config = config_of(metadata, raw)
-    shutil.rmtree(building, ignore_errors=True)
-    try:
-        building.mkdir(parents=True)
-        write_tokenizer(building, metadata)
-        weights.write_folder(building, config, tensors_of(metadata, raw, names, config, DTYPES[dtype]))
-        # What was written is read back: names and shapes must be what config.json means, ids must have an embedding.
-        weights.build(building, "pretrained", 0, DTYPES[dtype], DTYPES[dtype], torch.device("meta"))
-        if (size := load_tokenizer(building).size) > config["vocab_size"]:
-            metadata.refuse(f"the tokenizer has {size} ids, token_embd.weight {config['vocab_size']} rows")
-        os.rename(building, target)
-    except (OSError, SafetensorError) as error:
-        raise EngineError("ENVIRONMENT-DISK", f"{target}: cannot be written: {error}", ENVIRONMENT) from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-
-
-def extra(package: str, source: Path) -> Any:
-    """A package of the [hub] extra."""
-    try:
-        return import_module(package)
-    except ImportError as error:
-        text = f"{source} needs the package {package}: pip install -c constraints.txt -e '.[hub]'"
-        raise EngineError("ENVIRONMENT-EXTRA", text, ENVIRONMENT) from error
-
-
-# ---- Config ---------------------------------------------------------------------------------------------------------
-
-
-def config_of(metadata: Metadata, raw: dict[str, Any]) -> dict[str, Any]:
-    """The content of config.json."""
-    heads, hidden, inner = (metadata[f"llama.{key}"] for key in ("attention.head_count", "embedding_length", "feed_forward_length"))
-    kv_heads = metadata.get("llama.attention.head_count_kv", heads)
-    if any(isinstance(value, list) for value in (heads, kv_heads, inner)):
-        metadata.refuse("head counts or widths differ between layers, in a Llama they do not")
-    head_dim = metadata.get("llama.attention.key_length", hidden // heads)
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if (got := metadata.get(f"llama.{key}", head_dim)) != head_dim:
-            metadata.refuse(f"llama.{key} is {got}, expected the width of a head, {head_dim}")
-    theta = decimal(metadata.get("llama.rope.freq_base", 10000.0))
-    return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": int(raw["token_embd.weight"].shape[1]),
-        "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": metadata["llama.block_count"],
-        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim, "hidden_act": "silu",
-        "max_position_embeddings": metadata["llama.context_length"],
-        "rms_norm_eps": decimal(metadata["llama.attention.layer_norm_rms_epsilon"]),
-        "rope_theta": theta, "rope_scaling": rope_scaling(metadata, raw.get("rope_freqs.weight"), theta, head_dim),
-        "tie_word_embeddings": "output.weight" not in raw, "attention_bias": False, "mlp_bias": False, "initializer_range": 0.02,
-        **{f"{name}_token_id": number for name, number in special_ids(metadata).items() if name != "unk"},
-    }
-
-
-def decimal(value: float) -> float:
-    """The shortest decimal number that rounds to this fp32: 1e-05, not 9.999999747378752e-06."""
-    return float(str(np.float32(value)))
-
-
-def rope_scaling(metadata: Metadata, divisors: Any, theta: float, head_dim: int) -> dict[str, Any] | None:
-    """The `rope_scaling` of config.json. `divisors`: the tensor rope_freqs, by which frequencies are divided, or None.
-
-    Llama 3.1 and later have that tensor in place of parameters. The published models' are tried and must give it.
-    """
-    import torch
-
-    from engine.models.llama import ROPE_SCALINGS
-
-    kind = metadata.get("llama.rope.scaling.type", "none")
-    if kind not in ("none", "linear") or (kind == "linear" and divisors is not None):
-        beside = " beside rope_freqs.weight" if divisors is not None else ""
-        metadata.refuse(f"llama.rope.scaling.type is {kind!r}{beside}, which is not computed here")
-    if divisors is None:
-        return {"rope_type": kind, "factor": decimal(metadata["llama.rope.scaling.factor"])} if kind == "linear" else None
-    found = torch.tensor(divisors.data.tolist(), dtype=torch.float64)
-    scaling = {"rope_type": "llama3", "factor": float(found.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 8192}
-    frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    expected = frequencies / ROPE_SCALINGS["llama3"](frequencies, scaling)
-    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-5):
-        metadata.refuse("rope_freqs.weight is not the scaling of Llama 3.1 and later, the only such one computed here")
-    return scaling
-
-
-# ---- Weights --------------------------------------------------------------------------------------------------------
-
-WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-IN_BLOCK = {"attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-            "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
-            "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
-
-
-def hf_names(metadata: Metadata, raw: dict[str, Any]) -> dict[str, str]:
-    """Name in the file -> name in the folder, for every tensor but rope_freqs, which goes into the config."""
-    if (architecture := metadata["general.architecture"]) != "llama":
-        metadata.refuse(f"general.architecture is {architecture!r}, expected 'llama'")
-    if (parts := metadata.get("split.count", 1)) > 1:
-        metadata.refuse(f"is one of {parts} parts; join them with llama.cpp's llama-gguf-split --merge")
-    if "token_embd.weight" not in raw:
-        metadata.refuse("has no tensor token_embd.weight")
-    names = {f"{name}.weight": f"{hf_name}.weight" for name, hf_name in WHOLE.items() if f"{name}.weight" in raw}
-    for name in raw:
-        if (block := re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)) and block[2] in IN_BLOCK:
-            names[name] = f"model.layers.{block[1]}.{IN_BLOCK[block[2]]}.weight"
-    if unknown := [name for name in raw if name not in names and name != "rope_freqs.weight"]:
-        metadata.refuse(f"has {len(unknown)} tensors that a plain Llama lacks, the first: {unknown[0]}")
-    return names
-
-
-def tensors_of(metadata: Metadata, raw: dict[str, Any], names: dict[str, str], config: dict[str, Any], dtype: Any) -> dict[str, Any]:
-    """The folder's tensors by name, in `dtype`.
-
-    llama.cpp turns neighbours (2i, 2i + 1) of a head by one angle, Hugging Face's layout turns (i, i + C/2). What writes
-    GGUF reorders the rows of the query and key projections for that, and here they are put back.
-    """
-    import torch
-    from gguf.quants import dequantize
-    from tqdm import tqdm
-
-    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    tensors = {}
-    for name, hf_name in tqdm(names.items(), desc="weights", unit=" tensors", disable=not sys.stderr.isatty(), leave=False):
-        try:
-            values = np.array(dequantize(raw[name].data, raw[name].tensor_type), dtype=np.float32)
-        except NotImplementedError:
-            metadata.refuse(f"{name} is of type {raw[name].tensor_type.name}, which the package gguf does not dequantise")
-        if count := heads.get(name.split(".")[-2]):
-            pairs = (count, config["head_dim"] // 2, 2, config["hidden_size"])
-            if values.size != np.prod(pairs):
-                metadata.refuse(f"{name} is {list(values.shape)}, expected {count} heads of {config['head_dim']} rows")
-            values = values.reshape(pairs).swapaxes(1, 2).reshape(values.shape)
-        tensors[hf_name] = torch.from_numpy(values).to(dtype)
-        if not tensors[hf_name].isfinite().all():
-            metadata.refuse(f"{name} is not finite in {dtype}; bf16 and fp32 hold larger numbers than fp16")
-    return tensors
-
-
-# ---- Tokenizer ------------------------------------------------------------------------------------------------------
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type; sentencepiece counts alike
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-QWEN2 = LLAMA3.replace("{1,3}", "")
-
-
-def special_ids(metadata: Metadata) -> dict[str, int]:
-    """Ids by Hugging Face's names, of those that the file names; the end-of-sequence is always among them."""
-    keys = {name: f"tokenizer.ggml.{key}_token_id" for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))}
-    ids = {name: metadata[key] for name, key in keys.items() if key in metadata or name == "eos"}
-    if beyond := [keys[name] for name, number in ids.items() if number >= len(metadata["tokenizer.ggml.tokens"])]:
-        metadata.refuse(f"{beyond[0]} lies beyond the tokens")
-    return ids
-
-
-def write_tokenizer(folder: Path, metadata: Metadata) -> None:
-    """tokenizer.json or tokenizer.model, with tokenizer_config.json and generation_config.json."""
-    writers = {"gpt2": (write_bpe, "PreTrainedTokenizerFast"), "llama": (write_sentencepiece, "LlamaTokenizer")}
-    if (kind := metadata["tokenizer.ggml.model"]) not in writers:
-        metadata.refuse(f"tokenizer.ggml.model is {kind!r}, expected one of {', '.join(writers)}")
-    ids, tokens, types = special_ids(metadata), metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
-    for name in {"bos", "eos"} & ids.keys():
-        types[ids[name]] = CONTROL  # whatever the file calls them: text must never hold them
-    by_default = kind == "llama" or metadata.get("tokenizer.ggml.pre") == "llama-bpe"  # llama.cpp's, where the file is silent
-    begins = bool(metadata.get("tokenizer.ggml.add_bos_token", by_default)) and "bos" in ids
-    write, hf_class = writers[kind]
-    write(folder, metadata, list(zip(tokens, types, strict=True)), ids, begins)
-    settings = {"tokenizer_class": hf_class, "add_bos_token": begins, "add_eos_token": False, "clean_up_tokenization_spaces": False,
-                "model_max_length": metadata["llama.context_length"], **{f"{name}_token": tokens[number] for name, number in ids.items()}}
-    if "tokenizer.chat_template" in metadata:
-        settings["chat_template"] = metadata["tokenizer.chat_template"]
-    generation = {f"{name}_token_id": number for name, number in ids.items() if name != "unk"}
-    for name, content in (("tokenizer_config.json", settings), ("generation_config.json", generation)):
-        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def write_bpe(folder: Path, metadata: Metadata, tokens: list[tuple[str, int]], ids: dict[str, int], begins: bool) -> None:
-    """tokenizer.json: byte-level BPE. A GGUF only names the rule that splits text into words; the rules are here."""
-    tk = extra("tokenizers", metadata.source)
-    gpt2 = tk.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    byte_level = tk.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    rules = {"gpt-2": [gpt2], "default": [gpt2], "smollm": [tk.pre_tokenizers.Digits(individual_digits=True), gpt2],
-             "llama-bpe": [tk.pre_tokenizers.Split(tk.Regex(LLAMA3), "isolated"), byte_level],
-             "qwen2": [tk.pre_tokenizers.Split(tk.Regex(QWEN2), "isolated"), byte_level]}
-    if (pre := metadata["tokenizer.ggml.pre"]) not in rules:
-        metadata.refuse(f"tokenizer.ggml.pre is {pre!r}, expected one of {', '.join(rules)}")
-    numbers = {token: number for number, (token, _) in enumerate(tokens)}
-    if len(numbers) < len(tokens):
-        metadata.refuse("tokenizer.ggml.tokens holds a token twice")
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
-    try:
-        tokenizer = tk.Tokenizer(tk.models.BPE(numbers, merges, ignore_merges=pre == "llama-bpe"))
-    except Exception as error:  # the package raises bare Exception
-        metadata.refuse(f"tokenizer.ggml.merges do not fit the tokens: {error}")
-    if pre == "qwen2":
-        tokenizer.normalizer = tk.normalizers.NFC()
-    tokenizer.pre_tokenizer, tokenizer.decoder = tk.pre_tokenizers.Sequence(rules[pre]), tk.decoders.ByteLevel()
-    tokenizer.add_special_tokens([tk.AddedToken(token, normalized=False) for token, kind in tokens if kind in (CONTROL, UNKNOWN)])
-    tokenizer.add_tokens([tk.AddedToken(token, normalized=False) for token, kind in tokens if kind == USER_DEFINED])
-    if begins:
-        bos = tokens[ids["bos"]][0]
-        tokenizer.post_processor = tk.processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, ids["bos"])])
-    tokenizer.save(str(folder / "tokenizer.json"))
-
-
-def write_sentencepiece(folder: Path, metadata: Metadata, tokens: list[tuple[str, int]], ids: dict[str, int], begins: bool) -> None:
-    """tokenizer.model: sentencepiece's BPE. Whether a sequence begins with bos is said in tokenizer_config.json."""
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto
-
-    model = ModelProto()
-    for (token, kind), score in zip(tokens, metadata["tokenizer.ggml.scores"], strict=True):
-        # GGUF has the tokens that users defined with plain spaces, sentencepiece looks for them in escaped text
-        model.pieces.add(piece=token.replace(" ", "▁") if kind == USER_DEFINED else token, score=score, type=kind)
-    trainer, normalizer = model.trainer_spec, model.normalizer_spec
-    trainer.model_type, trainer.vocab_size, trainer.byte_fallback = trainer.BPE, len(tokens), any(kind == BYTE for _, kind in tokens)
-    for name in ("unk", "bos", "eos", "pad"):
-        setattr(trainer, f"{name}_id", ids.get(name, -1))
-        if name in ids:
-            setattr(trainer, f"{name}_piece", tokens[ids[name]][0])
-    normalizer.name, normalizer.escape_whitespaces = "identity", True
-    normalizer.precompiled_charsmap = bytes(metadata.get("tokenizer.ggml.precompiled_charsmap", []))
-    normalizer.add_dummy_prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
-    normalizer.remove_extra_whitespaces = bool(metadata.get("tokenizer.ggml.remove_extra_whitespaces", False))
-    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+    config = weights.read_config(source)
+    model = weights.build(source, "pretrained", 0, torch.float32, torch.float32, torch.device("cpu"))
+    if adapter:
+        lora.load(model, adapter)
+        lora.fold(model)
+    with published(target) as building:
+        if target.suffix == ".gguf":
+            gguf_out.write(building, config, weights.untied(model), source, dtype)
+        else:
+            building.mkdir()
+            weights.write_folder(building, config, {name: tensor.to(TORCH_DTYPES[dtype]) for name, tensor in weights.untied(model).items()})
+            copy_tokenizer(source, building)
 
 
 if __name__ == "__main__":

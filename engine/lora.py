@@ -46,11 +46,16 @@ class LoRALinear(Linear):
         return torch.addmm(out, low.to(out.dtype), (self.lora_B * self.scale).to(out.dtype).T)
 
     @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """The weight with the adapter added, fp32."""
+        return self.weight.float() + self.scale * (self.lora_B.float() @ self.lora_A.float())
+
+    @torch.no_grad()
     def merge(self) -> None:
         """Adds the adapter to the weight: computed in fp32, rounded once. `unmerge` restores the weight bit for bit."""
         assert self.unmerged is None, "merged already"
         self.unmerged = self.weight.clone()
-        self.weight.copy_(self.weight.float() + self.scale * (self.lora_B.float() @ self.lora_A.float()))
+        self.weight.copy_(self.merged_weight())
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -88,6 +93,11 @@ def merge(model: nn.Module) -> None:
 def unmerge(model: nn.Module) -> None:
     for module in adapters(model).values():
         module.unmerge()
+
+
+def merged_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The merged weight of every adapted layer by its name, fp32; the model stays as it is."""
+    return {f"{name}.weight": module.merged_weight() for name, module in adapters(model).items()}
 
 
 def fold(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ from engine.data.dataset import Dataset
 from engine.data.plan import Plan
 from engine.distributed import World
 from engine.evaluate import Report
+from engine.export import Agreement
 
 
 def facts(model: nn.Module, world: World, choices: dict[str, str]) -> dict[str, Any]:
@@ -50,7 +51,7 @@ def samples(judged: Report | None) -> str:
                      f"    {answer.strip()}\n    (expected: {row.output.strip()})" for row, answer in (judged.samples if judged else []))
 
 
-def closing(run: Path, judged: Report | None, exported: Path | None, frozen_digest: str | None) -> str:
+def closing(run: Path, judged: Report | None, exported: dict[Path, Agreement], frozen_digest: str | None) -> str:
     """Exact matches per task, sample answers, and the commands to try next. `frozen_digest`: of weights as they were before."""
     lines = [""]
     if judged:
@@ -61,10 +62,11 @@ def closing(run: Path, judged: Report | None, exported: Path | None, frozen_dige
             lines += ["sample answers:", samples(judged)]
     if frozen_digest:
         lines.append(f"base weights: every bit as before training (SHA-256 {frozen_digest[:16]}…)")
+    lines += [f"{path}: read back and compared with the trained model over {found.tokens:,} tokens: KL {found.kl:.1e} nats a token, "
+              f"largest logit difference {found.max_abs_logit:.1e}, same likeliest token after {100 * found.top1:.2f} %" for path, found in exported.items()]
     python = Path(sys.executable)
     python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python.name
     lines += ["next:", f"  {python} -m tensorboard.main --logdir {run / 'tensorboard'}"]
-    if exported:
-        where = f"--model {exported}" if exported.name == "model" else f"--adapter {exported}"
-        lines.append(f"  {python} -m engine.generate {where}          # a chat; --prompt TEXT for one answer")
+    lines += [f"  {python} -m engine.generate --{path.name} {path}          # a chat; --prompt TEXT for one answer"
+              for path in exported if path.name in ("model", "adapter")]
     return "\n".join(lines)

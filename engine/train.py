@@ -163,9 +163,9 @@ def main(argv: list[str]) -> int:
         # ---- End: weights for others, and what to look at ------------------------------------------------------------
         if evaluation and judged is None:  # resumed after the last step
             judged = evaluation.run(model, whole=True)
-        exported = frozen_digest = None
+        exported, frozen_digest = {}, None
         if world.is_first:
-            exported = export.export(model, cfg, run / "export") if cfg.checkpoint.export else None
+            exported = export.Exporter(model, cfg, held_out or rows, types).run(run / "export")
             frozen_digest = weights.identity(model, source, cfg.model.init) if cfg.lora.rank else None
             assert frozen_digest in (None, identity["weights"]), "frozen weights have changed"
         log.hparams(cfg, judged.scalars if judged else {})

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from engine import convert
+from engine import convert, gguf_in
 from engine.attention import PackedAttention
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import ENVIRONMENT, USER, EngineError
@@ -200,7 +200,7 @@ def test_logits_are_the_models(case, keys, tmp_path):
 def test_dtype_is_that_asked_for(keys, tmp_path):
     model = llama()
     write_gguf(tmp_path / "in.gguf", model, keys)
-    convert.convert(tmp_path / "in.gguf", tmp_path / "deep/out", "bf16")
+    gguf_in.to_folder(tmp_path / "in.gguf", tmp_path / "deep/out", "bf16")
     written = load_file(tmp_path / "deep/out/model.safetensors")
     expected = {name: tensor.bfloat16() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     assert written.keys() == expected.keys() and all(torch.equal(written[name], expected[name]) for name in expected)
@@ -210,7 +210,7 @@ def test_dtype_is_that_asked_for(keys, tmp_path):
 def test_ids_are_those_of_the_byte_level_tokenizer(pre, add_bos, tmp_path):
     original = bpe("gpt-2" if pre == "default" else pre)
     write_gguf(tmp_path / "in.gguf", llama(), bpe_keys(pre, original, add_bos_token=add_bos))
-    convert.convert(tmp_path / "in.gguf", tmp_path / "out", "bf16")
+    gguf_in.to_folder(tmp_path / "in.gguf", tmp_path / "out", "bf16")
     ours, theirs = load_tokenizer(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path / "out")
     begins = add_bos or pre == "llama-bpe"
     assert ours.prefix == ([1] if begins else []) and ours.eos == original.token_to_id("<|im_end|>") and ours.size <= VOCABULARY
@@ -239,7 +239,7 @@ def test_ids_are_those_of_the_sentencepiece_model(dummy_prefix, tmp_path):
     keys = spm_keys(trained, add_space_prefix=dummy_prefix, add_bos_token=dummy_prefix or None)
     keys["token_type"][2] = 1  # a file that calls the end-of-sequence normal
     write_gguf(tmp_path / "in.gguf", llama(), keys)
-    convert.convert(tmp_path / "in.gguf", tmp_path / "out", "bf16")
+    gguf_in.to_folder(tmp_path / "in.gguf", tmp_path / "out", "bf16")
     original, ours = sentencepiece.SentencePieceProcessor(model_proto=trained), load_tokenizer(tmp_path / "out")
     assert ours.prefix == [1] and ours.eos == 2 and ours.size == VOCABULARY and ours.special("<|im_end|>") == original.piece_to_id("<|im_end|>")
     assert original.piece_to_id("<tool>") in ours.encode("a <tool> call")
@@ -273,7 +273,7 @@ def test_ids_are_those_of_the_sentencepiece_model(dummy_prefix, tmp_path):
 def test_what_is_not_carried_over_is_refused_by_name(facts, tokenizer, tensors, names, keys, tmp_path):
     write_gguf(tmp_path / "in.gguf", llama(), {**keys, **tokenizer}, facts=facts, tensors=tensors)
     with pytest.raises(EngineError) as error:
-        convert.convert(tmp_path / "in.gguf", tmp_path / "out", "fp16")
+        gguf_in.to_folder(tmp_path / "in.gguf", tmp_path / "out", "fp16")
     assert names in error.value.text and error.value.exit_code == USER
     assert [path.name for path in tmp_path.iterdir()] == ["in.gguf"], "nothing is left behind"
 
@@ -308,3 +308,26 @@ def test_files_and_folders_that_do_not_fit(keys, tmp_path, monkeypatch):
     for argv in ([], ["a.gguf"], ["a.gguf", "b", "--dtype", "int8"]):
         with pytest.raises(EngineError, match="example: python -m engine.convert"):
             convert.main(argv)
+
+
+@pytest.mark.parametrize("kind", [*SPLITS, "sentencepiece"])
+@pytest.mark.parametrize("case", ["tied", "linear positions", "positions of Llama 3.2", "quantised, heads wider than the model"])
+def test_a_folder_goes_back_to_the_file_it_came_from(kind, case, tmp_path):
+    """Every key that says something about the model or its tokenizer, and every tensor."""
+    if kind != "smollm" and case != "tied":
+        return  # tokenizers do not depend on it
+    dtype, changes, facts, tensors = CASES[case]
+    keys = spm_keys(spm(tmp_path)) if kind == "sentencepiece" else bpe_keys(kind, bpe(kind))
+    write_gguf(tmp_path / "in.gguf", llama(**changes), keys, dtype, facts=facts, tensors=tensors)
+    convert.main([str(tmp_path / "in.gguf"), str(tmp_path / "folder"), "--dtype", "fp32"])
+    convert.main([str(tmp_path / "folder"), str(tmp_path / "out.gguf"), "--dtype", {"F32": "fp32", "Q8_0": "q8_0"}[dtype]])
+    before, after = (gguf.GGUFReader(tmp_path / f"{name}.gguf") for name in ("in", "out"))
+    found = {name: field.contents() for name, field in after.fields.items()}
+    for name, field in before.fields.items():
+        if name.startswith(("llama.", "tokenizer.", "general.architecture")) and name != "tokenizer.ggml.scores":
+            assert found[name] == field.contents(), name
+    ours = {tensor.name: tensor for tensor in after.tensors}
+    assert ours.keys() == {tensor.name for tensor in before.tensors}
+    for tensor in before.tensors:
+        if name != "rope_freqs.weight":
+            assert ours[tensor.name].tensor_type == tensor.tensor_type and np.allclose(ours[tensor.name].data, tensor.data, rtol=1e-6), tensor.name

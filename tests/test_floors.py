@@ -9,12 +9,13 @@ ENGINE = ROOT / "engine"
 # A module imports from lower floors, or from its own package. Commands stand on top and nothing imports them.
 FLOORS = [
     {"errors", "tensorfile"},
-    {"config", "arguments"},
+    {"config", "arguments", "publish"},
     {"distributed", "dropout", "linear", "signals"},
     {"precision", "loss", "cpu_attention"},
     {"attention"},
     {"models", "lora", "data"},
-    {"metrics", "optim", "checkpoint", "sampling"},
+    {"metrics", "optim", "checkpoint", "sampling", "gguf_in"},
+    {"gguf_out"},
     {"evaluate", "export", "rundir"},
     {"report"},
     {"train", "generate", "convert", "launch"},

@@ -1,0 +1,180 @@
+"""A model as one GGUF file for llama.cpp and what is built on it: config, weights and tokenizer.
+
+Llama and Qwen2 architectures. Vectors are written in fp32, matrices in the type asked for. What GGUF cannot say, or this
+file does not know how to say, is refused by name. The inverse of gguf_in.py; names and rules of both are in that file.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.data.tokenizer import load_tokenizer
+from engine.errors import EngineError
+from engine.gguf_in import ARCHITECTURES, CONTROL, IN_BLOCK, NORMAL, UNUSED, USER_DEFINED, WHOLE, extra, pre_tokenizers
+from engine.models.llama import ROPE_SCALINGS
+
+TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
+
+
+def write(path: Path, config: dict[str, Any], tensors: Mapping[str, Tensor], folder: Path, dtype: str) -> None:
+    """Writes `path`.
+
+    Args:
+        config: the content of config.json.
+        tensors: by Hugging Face's names, without the head where it is tied.
+        folder: of the tokenizer.
+        dtype: of matrices: "fp32", "fp16", "bf16" or "q8_0" (8 bits in blocks of 32 with a scale).
+
+    Raises:
+        EngineError: an architecture, a rope scaling, a tokenizer or a shape that is not written.
+    """
+    gguf = extra("gguf", path)
+    architectures = {model_type: name for name, (model_type, _) in ARCHITECTURES.items()}
+    if (model_type := config.get("model_type")) not in architectures:
+        refuse(path, f"model_type is {model_type!r}, expected one of {', '.join(architectures)}")
+    writer = gguf.GGUFWriter(path, architectures[model_type])
+    write_config(writer, path, config, gguf)
+    write_tokenizer(writer, path, folder, config)
+    kind = getattr(gguf.GGMLQuantizationType, TYPES[dtype])
+    heads = {}
+    if model_type == "llama":  # llama.cpp turns neighbours there: see gguf_in.tensors_of
+        heads = {"q_proj": config["num_attention_heads"], "k_proj": config.get("num_key_value_heads") or config["num_attention_heads"]}
+    for name, tensor in tensors.items():
+        values = tensor.detach().cpu().float().numpy()
+        if not np.isfinite(values).all():
+            refuse(path, f"{name} is not finite")
+        if count := heads.get(name.split(".")[-2]):
+            values = values.reshape(count, 2, values.shape[0] // count // 2, -1).swapaxes(1, 2).reshape(values.shape)
+        of_tensor = kind if values.ndim > 1 else gguf.GGMLQuantizationType.F32
+        if of_tensor == gguf.GGMLQuantizationType.Q8_0 and values.shape[-1] % 32:
+            refuse(path, f"{name} has rows of {values.shape[-1]} numbers, Q8_0 takes multiples of 32; choose fp16 or bf16")
+        writer.add_tensor(gguf_name(path, name), gguf.quants.quantize(values, of_tensor), raw_dtype=of_tensor)
+    writer.add_file_type(getattr(gguf.LlamaFileType, {"fp32": "ALL_F32"}.get(dtype, f"MOSTLY_{TYPES[dtype]}")))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def refuse(path: Path, what: str) -> NoReturn:
+    raise EngineError("GGUF-UNSUPPORTED", f"{path}: {what}; such a model is not written as GGUF")
+
+
+def gguf_name(path: Path, name: str) -> str:
+    """model.layers.3.self_attn.q_proj.weight -> blk.3.attn_q.weight"""
+    module, _, part = name.rpartition(".")
+    for short, long in WHOLE.items():
+        if module == long:
+            return f"{short}.{part}"
+    for short, long in IN_BLOCK.items():
+        if module.startswith("model.layers.") and module.endswith(f".{long}"):
+            return f"blk.{module.split('.')[2]}.{short}.{part}"
+    refuse(path, f"has a tensor {name}")
+
+
+def write_config(writer: Any, path: Path, config: dict[str, Any], gguf: Any) -> None:
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    theta, kind = rope.get("rope_theta") or config.get("rope_theta", 10000.0), rope.get("rope_type", rope.get("type", "default"))
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(theta)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    if kind == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    elif kind == "llama3":  # as a tensor of divisors, for GGUF has no keys for its parameters
+        frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+        divisors = frequencies / ROPE_SCALINGS["llama3"](frequencies, rope)
+        writer.add_tensor("rope_freqs.weight", divisors.float().numpy())
+    elif kind != "default":
+        refuse(path, f"its rope type is {kind!r}")
+
+
+def write_tokenizer(writer: Any, path: Path, folder: Path, config: dict[str, Any]) -> None:
+    tokenizer, settings = load_tokenizer(folder), read_json(folder / "tokenizer_config.json")
+    if (folder / "tokenizer.json").is_file():
+        tokens = write_bpe(writer, path, json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
+    else:
+        tokens = write_sentencepiece(writer, folder, config["vocab_size"])
+    tokens += [(f"[PAD{number}]", UNUSED) for number in range(len(tokens), config["vocab_size"])]  # rows of the embedding without a token
+    writer.add_token_list([token for token, _ in tokens])
+    writer.add_token_types([kind for _, kind in tokens])
+    writer.add_eos_token_id(tokenizer.eos)
+    numbers = {token: number for number, (token, _) in enumerate(tokens)}
+    named = {name: settings.get(f"{name}_token") for name in ("bos", "pad", "unk")}
+    named = {name: token["content"] if isinstance(token, dict) else token for name, token in named.items()}
+    ids = {name: numbers[token] for name, token in named.items() if token in numbers}
+    if tokenizer.prefix:
+        ids["bos"] = tokenizer.prefix[0]
+    elif "bos" not in ids and isinstance(config.get("bos_token_id"), int):
+        ids["bos"] = config["bos_token_id"]
+    for name, number in ids.items():
+        getattr(writer, f"add_{name}_token_id")(number)
+    writer.add_add_bos_token(bool(tokenizer.prefix))
+    writer.add_add_eos_token(False)
+    if isinstance(template := settings.get("chat_template"), str):
+        writer.add_chat_template(template)
+
+
+def write_bpe(writer: Any, path: Path, stored: dict[str, Any]) -> list[tuple[str, int]]:
+    """Byte-level BPE of tokenizer.json: merges, and the name of the rule that splits text into words. Returns the tokens."""
+    if stored["model"].get("type") != "BPE":
+        refuse(path, f"its tokenizer is a {stored['model'].get('type')}, expected BPE")
+    rules = {name: json.loads(rule.__getstate__()) for name, rule in pre_tokenizers(path).items()}
+    rule = next((name for name, known in rules.items() if same_rule(known, stored["pre_tokenizer"])), None)
+    if rule is None:
+        refuse(path, f"its tokenizer splits text by {json.dumps(stored['pre_tokenizer'])[:200]}, expected one of {', '.join(rules)}")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(rule)
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in stored["model"]["merges"]])
+    by_number = {number: (token, NORMAL) for token, number in stored["model"]["vocab"].items()}
+    by_number |= {added["id"]: (added["content"], CONTROL if added["special"] else USER_DEFINED) for added in stored["added_tokens"]}
+    return [by_number.get(number, (f"[PAD{number}]", UNUSED)) for number in range(max(by_number) + 1)]
+
+
+def same_rule(known: Any, stored: Any) -> bool:
+    """Whether two pre-tokenizers are the same, however nested; whether an offset leaves out spaces changes no token."""
+    def plain(rule: Any) -> list[dict[str, Any]]:
+        if rule is None:
+            return []
+        if rule["type"] == "Sequence":
+            return [part for inner in rule["pretokenizers"] for part in plain(inner)]
+        return [{key: value for key, value in rule.items() if key != "trim_offsets"}]
+
+    return plain(known) == plain(stored)
+
+
+def write_sentencepiece(writer: Any, folder: Path, size: int) -> list[tuple[str, int]]:
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    model = ModelProto.FromString((folder / "tokenizer.model").read_bytes())
+    if model.trainer_spec.model_type != model.trainer_spec.BPE:
+        refuse(folder, "its sentencepiece model is no BPE")
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_scores([piece.score for piece in model.pieces] + [0.0] * (size - len(model.pieces)))
+    writer.add_add_space_prefix(model.normalizer_spec.add_dummy_prefix)
+    writer.add_remove_extra_whitespaces(model.normalizer_spec.remove_extra_whitespaces)
+    if model.normalizer_spec.precompiled_charsmap:
+        writer.add_precompiled_charsmap(model.normalizer_spec.precompiled_charsmap)
+    return [(piece.piece.replace("▁", " ") if piece.type == USER_DEFINED else piece.piece, piece.type) for piece in model.pieces]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
