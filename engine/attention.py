@@ -1,12 +1,14 @@
 """Attention over rows laid end to end: causal inside each document, blind across documents.
 
-A model calls `attend(layer, q, k, v)` and knows no more. In training `attend` is a `PackedAttention`, in generation a
+A model calls `attend(layer, q, k, v, window)` and knows no more. With a window a token sees the last `window` tokens,
+itself included; None sees all. In training `attend` is a `PackedAttention`, in generation a
 `KVCache`; both take and return tokens in one flat dimension, without padding.
 
 Shapes, here and in models/: T tokens of all documents, H query heads, K key/value heads, C head width.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -49,14 +51,13 @@ class PackedAttention:
         for length in self.lengths:
             starts.append(starts[-1] + length)
         if path == "reference":
-            document = torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths))
-            self.mask = ((document[:, None] == document) & torch.ones(starts[-1], starts[-1], dtype=torch.bool).tril()).to(device)
+            self.document = torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths)).to(device)
         else:
             self.gathers, self.restore = self._side_by_side(starts, device)
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
         """q (T, H, C), k and v (T, K, C), K a divisor of H -> (T, H, C)."""
-        return self.attend(q, k, v)
+        return self.attend(q, k, v, window)
 
     def _side_by_side(self, starts: list[int], device: torch.device) -> tuple[list[Tensor], Tensor | None]:
         """For each call the tokens (documents, longest) it reads, and where in the calls' outputs each token ended up.
@@ -83,22 +84,38 @@ class PackedAttention:
             offset += rows.numel()
         return gathers, restore.to(device)
 
-    def _documents(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _documents(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         outputs = []
         for tokens in self.gathers:
             q_BHTC, k_BKTC, v_BKTC = (x[tokens].transpose(1, 2) if self.restore is not None else x[None].transpose(1, 2) for x in (q, k, v))
-            outputs.append(self.kernel(q_BHTC, k_BKTC, v_BKTC).transpose(1, 2).flatten(0, 1))
+            outputs.append(self.kernel(q_BHTC, k_BKTC, v_BKTC, window).transpose(1, 2).flatten(0, 1))
         return outputs[0] if self.restore is None else torch.cat(outputs)[self.restore]
 
-    def _reference(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _reference(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         q_HTC, k_KTC, v_KTC = (x.transpose(0, 1) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q_HTC[None], k_KTC[None], v_KTC[None], attn_mask=self.mask,
-                                             enable_gqa=k.shape[1] != q.shape[1])
+        mask = (self.document[:, None] == self.document) & _visible(len(q), 0, window, q.device)
+        out = F.scaled_dot_product_attention(q_HTC[None], k_KTC[None], v_KTC[None], attn_mask=mask, enable_gqa=k.shape[1] != q.shape[1])
         return out[0].transpose(0, 1)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    gqa, tokens = k.shape[1] != q.shape[1], q.shape[2]
+    if window is None or tokens <= window:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+    # Blocks of queries and the keys that any of them sees: the work grows with the window, not with the document.
+    outputs, size = [], max(window, 128)
+    for start in range(0, tokens, size):
+        end, first = min(start + size, tokens), max(0, start - window + 1)
+        mask = _visible(end - start, start - first, window, q.device)
+        outputs.append(F.scaled_dot_product_attention(q[:, :, start:end], k[:, :, first:end], v[:, :, first:end], attn_mask=mask, enable_gqa=gqa))
+    return torch.cat(outputs, dim=2)
+
+
+@lru_cache(maxsize=8)
+def _visible(queries: int, before: int, window: int | None, device: torch.device) -> Tensor:
+    """(queries, before + queries): which keys the last `queries` tokens of a stretch see."""
+    back = torch.arange(before, before + queries, device=device)[:, None] - torch.arange(before + queries, device=device)
+    return (back >= 0) if window is None else (back >= 0) & (back < window)
 
 
 class KVCache:
@@ -132,20 +149,20 @@ class KVCache:
         self.prompts = None
         self.row, self.place = torch.arange(len(self.lengths), device=self.lengths.device), self.lengths
         self.lengths = self.lengths + 1
-        reach = int(self.lengths.max())
-        self.visible = (torch.arange(reach, device=self.place.device) < self.lengths[:, None])[:, None, None]
+        self.back = (self.place[:, None] - torch.arange(int(self.lengths.max()), device=self.place.device))[:, None, None]
         return self.place
 
     def keep(self, rows: Tensor) -> None:
         """Drops all rows but these, so that finished sequences cost nothing."""
         self.keys, self.values, self.lengths = self.keys[:, rows], self.values[:, rows], self.lengths[rows]
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
         self.keys[layer][self.row, :, self.place] = k.to(self.keys.dtype)
         self.values[layer][self.row, :, self.place] = v.to(self.values.dtype)
         if self.prompts is not None:
-            return self.prompts(layer, q, k, v)
-        reach = self.visible.shape[-1]
+            return self.prompts(layer, q, k, v, window)
+        reach = self.back.shape[-1]
+        visible = self.back >= 0 if window is None else (self.back >= 0) & (self.back < window)
         keys, values = self.keys[layer][:, :, :reach].to(q.dtype), self.values[layer][:, :, :reach].to(q.dtype)
-        out = F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=self.visible, enable_gqa=keys.shape[1] != q.shape[1])
+        out = F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=visible, enable_gqa=keys.shape[1] != q.shape[1])
         return out[:, :, 0]

@@ -9,10 +9,12 @@ import os
 import resource
 import sys
 import time
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -65,7 +67,7 @@ class Flops:
     """Floating-point operations that training on given documents needs, recomputation not counted.
 
     A weight costs 2 a token forward, 2 for its input's gradient and 2 for its own where it is trained. The head counts
-    at supervised tokens only, where it is applied; attention by the square of each document, halved by causality.
+    at supervised tokens only, where it is applied; attention by the pairs of tokens of which one sees the other.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -77,10 +79,16 @@ class Flops:
         config, head = model.config, model.lm_head.weight
         self.per_token = 4 * frozen + 6 * trained
         self.per_target = (6 if head.requires_grad else 4) * head.numel()
-        self.per_square = 3.5 * 2 * config.num_attention_heads * config.head_dim * config.num_hidden_layers
+        # q·k and p·v forward, and five such products in the backward, which forms q·k again
+        self.per_pair, self.windows = 3.5 * 4 * config.num_attention_heads * config.head_dim, config.windows
 
-    def of(self, num_tokens: int, num_targets: int, sum_of_squares: int) -> float:
-        return self.per_token * num_tokens + self.per_target * num_targets + self.per_square * sum_of_squares
+    def of(self, num_tokens: int, num_targets: int, lengths: np.ndarray) -> float:
+        """Of documents of `lengths` tokens."""
+        pairs = 0.0
+        for window, layers in Counter(self.windows).items():
+            seen = lengths if window is None else np.minimum(lengths, window)
+            pairs += layers * float((seen * lengths - seen**2 / 2).sum())
+        return self.per_token * num_tokens + self.per_target * num_targets + self.per_pair * pairs
 
 
 def peak_flops(device: torch.device) -> tuple[float, str]:
@@ -101,7 +109,7 @@ def peak_flops(device: torch.device) -> tuple[float, str]:
 def speed(step: Any, seconds: float, flops: Flops, peak: float) -> dict[str, float]:
     """Real tokens a second, padding there is none; supervised tokens a second; the share of `peak` FLOP/s put to use."""
     return {"train/tokens_per_s": step.num_tokens / seconds, "train/target_tokens_per_s": step.num_targets / seconds,
-            "train/mfu": flops.of(step.num_tokens, step.num_targets, step.sum_of_squares) / seconds / peak}
+            "train/mfu": flops.of(step.num_tokens, step.num_targets, step.lengths) / seconds / peak}
 
 
 def memory(device: torch.device) -> dict[str, float]:

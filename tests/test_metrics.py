@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -91,15 +92,16 @@ def test_flops_equal_torchs_own_count(tiny, rank):
         hidden = model(ids, torch.arange(60), PackedAttention([60], CPU))
         summed_cross_entropy(hidden[:25], model.lm_head.weight, targets).backward()
     products = sum(flops for operation, flops in counter.get_flop_counts()["Global"].items() if "attention" not in str(operation))
-    counted = metrics.Flops(model).of(60, 25, 0)
+    counted = metrics.Flops(model).of(60, 25, np.zeros(0))
     first_layer = 2 * 60 * 32 * (16 + 16) + (0 if not rank else 2 * 60 * 32 * 32)  # no gradient flows below the first layer's inputs
     assert products == pytest.approx(counted, abs=0 if not rank else first_layer + 2 * 60 * 4 * 32)
 
 
-def test_attention_flops_are_those_of_the_causal_half():
-    config = {"num_attention_heads": 4, "head_dim": 8, "num_hidden_layers": 3}
-    flops = metrics.Flops.__new__(metrics.Flops)
-    flops.per_token = flops.per_target = 0
-    flops.per_square = 3.5 * 2 * config["num_attention_heads"] * config["head_dim"] * config["num_hidden_layers"]
+def test_attention_flops_are_those_of_the_pairs_that_see_each_other(tiny):
+    model = weights.build(tiny, "random", 0, torch.float32, torch.float32, CPU)
+    flops = metrics.Flops(model)
     # forward: two products of length² × width, halved by causality; backward five of them
-    assert flops.of(0, 0, 100**2) == 3 * (2 * 2 * 100**2 * 32 / 2 + 5 * 2 * 100**2 * 32 / 2)
+    assert flops.of(0, 0, np.array([100, 50])) == 3 * (2 + 5) * 2 * (100**2 + 50**2) / 2 * 32
+    flops.windows = (None, 20, 20)
+    seen = 100**2 / 2 + 50**2 / 2 + 2 * (20 * 100 - 20**2 / 2 + 20 * 50 - 20**2 / 2)
+    assert flops.of(0, 0, np.array([100, 50])) == (2 + 5) * 2 * seen * 32

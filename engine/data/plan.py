@@ -23,7 +23,7 @@ class Step:
     sequences: list[np.ndarray]
     num_tokens: int
     num_targets: int
-    sum_of_squares: int  # of the rows' lengths: what attention costs
+    lengths: np.ndarray  # tokens of each row, which attention costs by
 
 
 class Plan:
@@ -50,8 +50,8 @@ class Plan:
         epoch, place = divmod(number, self.steps_per_epoch)
         sequences = self._epoch(epoch)[place * self.global_batch : (place + 1) * self.global_batch]
         rows = np.concatenate(sequences)
-        return Step(number, epoch, place == self.steps_per_epoch - 1, sequences, int(self.lengths[rows].sum()), int(self.targets[rows].sum()),
-                    int((self.lengths[rows] ** 2).sum()))
+        lengths = self.lengths[rows]
+        return Step(number, epoch, place == self.steps_per_epoch - 1, sequences, int(lengths.sum()), int(self.targets[rows].sum()), lengths)
 
     def _make_epoch(self, epoch: int) -> list[np.ndarray]:
         rows = permutation(len(self.lengths), self.seed, epoch) if self.shuffle else np.arange(len(self.lengths))

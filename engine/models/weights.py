@@ -41,10 +41,10 @@ def build(folder: Path, init: str, seed: int, dtype: torch.dtype, arithmetic: to
         init: "pretrained" reads the folder's safetensors; "random" draws weights from `seed`, the same on every rank.
     """
     raw = read_config(folder)
-    config_class, model_class = FAMILIES[raw["model_type"]]
-    config = config_class.from_hf(raw, str(folder / "config.json"))
+    family = FAMILIES[raw["model_type"]]
+    config = family.config(raw, str(folder / "config.json"))
     with torch.device("meta"):
-        model = model_class(config, arithmetic, checkpoint_every, dropout, keys)
+        model = family.model(config, arithmetic, checkpoint_every, dropout, keys)
     if init == "random":
         tensors = _random_tensors(model, config.initializer_range, seed)
     else:
@@ -59,10 +59,10 @@ def build(folder: Path, init: str, seed: int, dtype: torch.dtype, arithmetic: to
 
 
 def _random_tensors(model: nn.Module, std: float, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """Normal matrices with the config's deviation and vectors of ones, as Hugging Face initialises Llama."""
+    """Normal matrices with the config's deviation, norms that change nothing, no bias, as Hugging Face initialises Llama."""
     for number, (name, tensor) in enumerate(model.named_parameters()):
         if tensor.dim() == 1:
-            yield name, torch.ones(tensor.shape)
+            yield name, torch.full(tensor.shape, getattr(model.get_submodule(name.rpartition(".")[0]), "neutral", 0.0))
         else:
             yield name, torch.empty(tensor.shape).normal_(0, std, generator=torch.Generator().manual_seed(mix(seed, number) >> 1))
 
