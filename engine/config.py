@@ -6,6 +6,7 @@ Nothing here imports torch: a mistake in a recipe is told within a second, and a
 import difflib
 import sys
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ DEFAULT_RECIPE = "recipes/quickstart.yaml"
 def option(default: Any, text: str, choices: tuple = (), low: float | None = None, high: float | None = None) -> Any:
     """A dataclass field with its one line of documentation and the values it may take (`low`, `high` inclusive)."""
     metadata = {"text": text, "choices": choices, "low": low, "high": high}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: copy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -58,7 +59,18 @@ class Lora:
     rank: int = option(0, "rank of the adapters; 0 trains all weights instead", low=0)
     alpha: float = option(16.0, "adapters are scaled by alpha / rank", low=0)
     dropout: float = option(0.0, "share of an adapter's input zeroed in training", low=0, high=0.9)
-    targets: list[str] = option(["q_proj", "v_proj"], "names of the linear layers that get adapters")
+    targets: list[str] = option(["q_proj", "v_proj"], "names of the linear layers that get adapters; all-linear: all but the head")
+    rank_pattern: dict[str, int] = option({}, "other ranks, by layer name: {down_proj: 16}")
+    alpha_pattern: dict[str, float] = option({}, "other alphas, by layer name")
+    rslora: bool = option(False, "rsLoRA: scale by alpha / sqrt(rank)")
+    dora: bool = option(False, "DoRA: also train the length of each row of the adapted weights")
+    init: str = option("random", "A and B at the start; pissa: the largest singular parts of the weight", ("random", "pissa"))
+    modules_to_save: list[str] = option([], "trained whole, in fp32, beside the adapters", ("embed_tokens", "lm_head"))
+    start: str | None = option(None, "adapter folder in PEFT layout to go on from; it decides all of the above but dropout")
+
+    @property
+    def used(self) -> bool:
+        return bool(self.rank or self.start)
 
 
 @dataclass
@@ -147,8 +159,8 @@ def options() -> dict[str, Any]:
 
 # Options that may differ between the launches of one run: they place, pace or show the work and leave its result alone.
 # What data and model paths hold is compared by content instead.
-HARDWARE = ("run.", "log.", "evaluate.", "checkpoint.", "export.", "data.cache", "data.train", "data.validation", "model.path", "train.device",
-            "train.micro_batch", "train.activation_checkpointing", "train.attention", "train.timeout_s")
+HARDWARE = ("run.", "log.", "evaluate.", "checkpoint.", "export.", "data.cache", "data.train", "data.validation", "model.path", "lora.start",
+            "train.device", "train.micro_batch", "train.activation_checkpointing", "train.attention", "train.timeout_s")
 
 
 def flat(recipe: Recipe) -> dict[str, Any]:
@@ -267,13 +279,14 @@ def _assign(merged: Any, key: str, value: Any) -> str | None:
     if wrong:
         return f"{key}: got {wrong[0]!r}, expected one of {', '.join(metadata['choices'])}{_nearest(str(wrong[0]), metadata['choices'])}"
     low, high = metadata["low"], metadata["high"]
-    if value is not None and ((low is not None and not value >= low) or (high is not None and not value <= high)):
+    if isinstance(value, (int, float)) and ((low is not None and not value >= low) or (high is not None and not value <= high)):
         return f"{key}: got {value}, expected {f'at least {low}' if high is None else f'{low} to {high}'}"
     return None
 
 
 def _kind(kind: Any) -> str:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict[str, int]: "names with whole numbers",
+             dict[str, float]: "names with numbers"}
     return names.get(kind, str(kind).replace("int | None", "a whole number or null").replace("str | None", "text or null"))
 
 
@@ -301,9 +314,14 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "train.micro_batch", f"got {recipe.train.micro_batch}, expected at most train.global_batch = {recipe.train.global_batch}"
     if recipe.lora.rank and not recipe.lora.targets:
         yield "lora.targets", "is empty; name at least one linear layer, or set lora.rank=0 to train all weights"
-    if recipe.lora.rank and recipe.model.init == "random":
+    if recipe.lora.used and recipe.model.init == "random":
         yield "lora.rank", "needs a pretrained base, got model.init=random; set lora.rank=0"
-    if not recipe.lora.rank and recipe.model.dtype != "fp32":
+    if recipe.lora.start:
+        if not (Path(recipe.lora.start) / "adapter_config.json").is_file():
+            yield "lora.start", f"got {recipe.lora.start}, expected a folder with adapter_config.json"
+        yield from ((f"lora.{key}", "is decided by lora.start; leave it out") for key, value in vars(Lora()).items()
+                    if key not in ("start", "dropout") and getattr(recipe.lora, key) != value)
+    if not recipe.lora.used and recipe.model.dtype != "fp32":
         yield "model.dtype", f"got {recipe.model.dtype} without LoRA, expected fp32: trained weights are held in fp32 (train.precision sets the arithmetic)"
     if len(recipe.optim.betas) != 2 or not all(0 <= beta < 1 for beta in recipe.optim.betas):
         yield "optim.betas", f"got {recipe.optim.betas}, expected two numbers from 0 up to 1"

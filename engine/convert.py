@@ -50,6 +50,7 @@ def from_folder(source: Path, target: Path, dtype: str, adapter: Path | None) ->
     import torch
 
     from engine import gguf_out, lora
+    from engine.adapter import load
     from engine.data.tokenizer import copy_tokenizer
     from engine.models import weights
     from engine.precision import DTYPES as TORCH_DTYPES
@@ -57,7 +58,7 @@ def from_folder(source: Path, target: Path, dtype: str, adapter: Path | None) ->
     config = weights.read_config(source)
     model = weights.build(source, "pretrained", 0, torch.float32, torch.float32, torch.device("cpu"))
     if adapter:
-        lora.load(model, adapter)
+        load(model, adapter)
         lora.fold(model)
     with published(target) as building:
         if target.suffix == ".gguf":

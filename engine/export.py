@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine import gguf_in, gguf_out, lora
+from engine import adapter, gguf_in, gguf_out, lora
 from engine.attention import PackedAttention
 from engine.config import Recipe
 from engine.data.dataset import Dataset
@@ -115,14 +115,13 @@ class Exporter:
 
     def _write_adapter(self, folder: Path) -> None:
         folder.mkdir()
-        settings = self.cfg.lora
-        lora.save(self.model, folder, str(self.source), settings.rank, settings.alpha, settings.dropout, settings.targets)
+        adapter.save(self.model, folder, str(self.source), self.cfg.lora.dropout)
         copy_tokenizer(self.source, folder)
 
     def _read_adapter(self, folder: Path) -> nn.Module:
         """On the base as its folder has it, in the recipe's types."""
         model = self._build(self.source, DTYPES[self.cfg.model.dtype])
-        lora.load(model, folder)
+        adapter.load(model, folder)
         return model
 
     def _write_model(self, folder: Path) -> None:
@@ -149,7 +148,7 @@ class Exporter:
     def _tensors(self) -> dict[str, Tensor]:
         """The whole model's tensors in export.dtype, adapters merged."""
         merged = lora.merged_weights(self.model)
-        return {name: merged.get(name, tensor).to(DTYPES[self.cfg.export.dtype])
+        return {name: (merged[name]() if name in merged else tensor).to(DTYPES[self.cfg.export.dtype])
                 for name, tensor in weights.untied(self.model).items() if ".lora_" not in name}
 
     def _build(self, folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -178,10 +177,10 @@ def template_of(folder: Path) -> str | None:
     return note.get("template")
 
 
-def load_for_inference(model: Path, adapter: Path | None, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def load_for_inference(model: Path, adapter_folder: Path | None, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """A model ready to generate, its adapter merged where one is given."""
     loaded = weights.build(model, "pretrained", 0, dtype, dtype, device)
-    if adapter is not None:
-        lora.load(loaded, adapter)
+    if adapter_folder is not None:
+        adapter.load(loaded, adapter_folder)
         lora.fold(loaded)
     return loaded.eval().requires_grad_(False)

@@ -1,54 +1,118 @@
 """LoRA (Hu et al. 2021) by module swap: named linear layers get a low-rank pair beside their frozen weight.
 
-y = W x + (alpha / rank) · B A dropout(x). A starts random and B at zero, so training starts from the base exactly.
-Adapters are fp32; the base keeps its stored type. Files are in PEFT's layout.
+y = W x + scale · B A dropout(x). A starts random and B at zero, so training starts from the base exactly.
+Adapters are fp32; the base keeps its stored type. Files are in adapter.py. Variants, alone or together:
+
+rsLoRA  scale = alpha / √rank in place of alpha / rank (Kalajdzievski 2023)
+DoRA    each row of W + scale · B A is brought to a trained length (Liu et al. 2024)
+PiSSA   A and B start as the largest singular parts of W, whose product is taken off again (Meng et al. 2024)
 """
 
-import json
 import math
-from pathlib import Path
-from typing import Any
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine import tensorfile
 from engine.dropout import DropoutKeys, KeyedDropout, mix
 from engine.errors import EngineError
 from engine.linear import Linear
 
-PEFT_PREFIX = "base_model.model."
+ALL_LINEAR = "all-linear"  # as a target: every linear layer but the head
+WHOLE = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}  # what can be trained whole beside adapters
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How adapters are made.
+
+    Attributes:
+        targets: names of linear layers, whole or their ends, or ALL_LINEAR.
+        rank_pattern, alpha_pattern: other values for layers whose name is, or ends in, the key.
+        init: "random", or "pissa".
+        modules_to_save: keys of WHOLE, trained in fp32 as they are.
+    """
+
+    rank: int
+    alpha: float
+    targets: list[str]
+    dropout: float = 0.0
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    rslora: bool = False
+    dora: bool = False
+    init: str = "random"
+    modules_to_save: list[str] = field(default_factory=list)
 
 
 class LoRALinear(Linear):
     """Takes over a linear layer's weight, frozen, and adds lora_A (rank, in) and lora_B (out, rank)."""
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float, keys: DropoutKeys, seed: int) -> None:
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float, keys: DropoutKeys, seed: int,
+                 rslora: bool = False, dora: bool = False, pissa: bool = False) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.scale = base.in_features, base.out_features, alpha / rank
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.alpha, self.rslora, self.scale = alpha, rslora, alpha / (math.sqrt(rank) if rslora else rank)
         self.weight, self.bias = base.weight, base.bias
         device = base.weight.device
         bound = 1 / math.sqrt(base.in_features)  # Kaiming's uniform with a = √5, as in the paper's code
         values = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed >> 1))
         self.lora_A = nn.Parameter(values.to(device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        self.lora_A0 = self.lora_B0 = None
+        if pissa:
+            # The weight itself stays: the first product is subtracted where the paper subtracts it from the weight.
+            left, values, right = torch.linalg.svd(base.weight.detach().float(), full_matrices=False)
+            root = (values[:rank] / self.scale).sqrt()
+            # contiguous: fused AdamW takes a weight and its moments, which a checkpoint brings back, as they lie in memory
+            self.lora_A, self.lora_B = (nn.Parameter(part.contiguous()) for part in (root[:, None] * right[:rank], left[:, :rank] * root))
+            self.lora_A0, self.lora_B0 = (nn.Parameter(part.detach().clone(), requires_grad=False) for part in (self.lora_A, self.lora_B))
+        self.lora_magnitude_vector = None
+        if dora:
+            self.squares = base.weight.detach().float().square().sum(1)
+            self.lora_magnitude_vector = nn.Parameter(self.lengths())
         self.dropout = KeyedDropout(dropout, keys)
         self.unmerged: Tensor | None = None
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """A and B whose product, scaled, is what is added to the weight. PiSSA's are twice as wide: the start is taken off."""
+        if self.lora_A0 is None:
+            return self.lora_A, self.lora_B
+        return torch.cat((self.lora_A, self.lora_A0)), torch.cat((self.lora_B, -self.lora_B0), dim=1)
+
+    @torch.no_grad()
+    def lengths(self) -> Tensor:
+        """The length of each row of weight + scale · B A (out,), fp32, without that matrix being formed."""
+        a, b = (part.float() for part in self.pair())
+        with torch.autocast(a.device.type, enabled=False):
+            cross = (b * F.linear(self.weight.float(), a)).sum(1)
+            own = ((b @ (a @ a.T)) * b).sum(1)
+        return (self.squares + 2 * self.scale * cross + self.scale**2 * own).sqrt()
 
     def forward(self, x: Tensor) -> Tensor:
         """x (T, in) -> (T, out)."""
         out = super().forward(x)
         if self.unmerged is not None:
             return out
-        low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))
+        a, b = self.pair()
+        low = F.linear(self.dropout(x), a.to(x.dtype))
         # the scale goes onto B and the sum into the product: no pass over `out` of its own
-        return torch.addmm(out, low.to(out.dtype), (self.lora_B * self.scale).to(out.dtype).T)
+        out = torch.addmm(out, low.to(out.dtype), (b * self.scale).to(out.dtype).T)
+        if self.lora_magnitude_vector is None:
+            return out
+        # g · y = y + (g - 1) · y, where rounding g - 1 to a narrow type costs little. The length is a constant to the gradient.
+        gain = (self.lora_magnitude_vector / self.lengths() - 1).to(out.dtype)
+        return torch.addcmul(out, out if self.bias is None else out - self.bias.to(out.dtype), gain)
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """The weight with the adapter added, fp32."""
-        return self.weight.float() + self.scale * (self.lora_B.float() @ self.lora_A.float())
+        a, b = (part.float() for part in self.pair())
+        merged = self.weight.float() + self.scale * (b @ a)
+        return merged if self.lora_magnitude_vector is None else merged * (self.lora_magnitude_vector / self.lengths())[:, None]
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -64,21 +128,61 @@ class LoRALinear(Linear):
         self.unmerged = None
 
 
-def apply(model: nn.Module, rank: int, alpha: float, dropout: float, targets: list[str], keys: DropoutKeys, seed: int) -> None:
-    """Freezes the model and swaps every linear layer whose name is, or ends in, one of `targets`.
+def apply(model: nn.Module, settings: Settings, keys: DropoutKeys, seed: int) -> None:
+    """Freezes the model and swaps every linear layer that `settings` target.
 
     Raises:
-        EngineError: a target that matches no layer, even one of several.
+        EngineError: a target or a pattern that matches no layer, even one of several.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"}
-    matched = {target: [name for name in layers if name == target or name.endswith("." + target)] for target in targets}
-    if idle := [target for target, names in matched.items() if not names]:
+    layers = linear_layers(model)
+    matched = {target: [name for name in layers if target == ALL_LINEAR or fits(target, name)] for target in settings.targets}
+    chosen = [name for name in layers if any(name in names for names in matched.values())]
+    idle = [f"lora.targets: {target}" for target, names in matched.items() if not names]
+    idle += [f"lora.{option}: {key}" for option in ("rank_pattern", "alpha_pattern") for key in getattr(settings, option)
+             if not any(fits(key, name) for name in chosen)]
+    if idle:
         there = sorted({name.rpartition(".")[2] for name in layers})
-        raise EngineError("LORA-TARGET", f"lora.targets: {', '.join(idle)} match no linear layer of the model; there are: {', '.join(there)}")
+        which = "no linear layer with an adapter" if all(matched.values()) else "no linear layer"
+        raise EngineError("LORA-TARGET", f"{', '.join(idle)} matches {which}; there are: {', '.join(there)}")
+    swap(model, {name: LoRALinear(layer, of(settings.rank_pattern, name, settings.rank), of(settings.alpha_pattern, name, settings.alpha),
+                                  settings.dropout, keys, mix(seed, number), settings.rslora, settings.dora, settings.init == "pissa")
+                 for number, (name, layer) in enumerate((name, layers[name]) for name in chosen)})
+    for name in settings.modules_to_save:
+        train_whole(model, name)
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Those that can have an adapter: all but the head."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"}
+
+
+def fits(key: str, name: str) -> bool:
+    """Whether a layer's name is, or ends in, `key`. PEFT's keys may also be regular expressions for such an end."""
+    try:
+        return name == key or name.endswith(f".{key}") or re.fullmatch(rf"(.*\.)?({key})", name) is not None
+    except re.error:
+        return False
+
+
+def of(pattern: Mapping[str, float], name: str, default: float) -> float:
+    return next((value for key, value in pattern.items() if fits(key, name)), default)
+
+
+def swap(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Freezes the model and puts `layers` in place of those of the same names."""
     model.requires_grad_(False)
-    for number, name in enumerate(name for name in layers if any(name in names for names in matched.values())):
+    for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, LoRALinear(layers[name], rank, alpha, dropout, keys, mix(seed, number)))
+        setattr(model.get_submodule(parent), child, layer)
+
+
+def train_whole(model: nn.Module, name: str, values: Tensor | None = None) -> None:
+    """Trains the embedding or the head whole, in fp32, from `values` or from what it is; both where they are one matrix."""
+    weight = model.get_submodule(WHOLE[name]).weight
+    trained = nn.Parameter((weight.detach() if values is None else values.to(weight.device)).float())
+    for place in WHOLE.values():
+        if model.get_submodule(place).weight is weight:
+            model.get_submodule(place).weight = trained
 
 
 def adapters(model: nn.Module) -> dict[str, LoRALinear]:
@@ -95,62 +199,16 @@ def unmerge(model: nn.Module) -> None:
         module.unmerge()
 
 
-def merged_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The merged weight of every adapted layer by its name, fp32; the model stays as it is."""
-    return {f"{name}.weight": module.merged_weight() for name, module in adapters(model).items()}
+def merged_weights(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
+    """What computes the merged weight, fp32, of every adapted layer by its name; the model stays as it is."""
+    return {f"{name}.weight": module.merged_weight for name, module in adapters(model).items()}
 
 
 def fold(model: nn.Module) -> None:
     """Swaps the adapted layers for plain ones that hold the merged weight: nothing of the adapters stays in memory."""
     for name, module in adapters(model).items():
         module.merge()
-        parent, _, child = name.rpartition(".")
         plain = Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
         plain.weight, plain.bias = module.weight, module.bias
+        parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, plain)
-
-
-def save(model: nn.Module, folder: Path, base: str, rank: int, alpha: float, dropout: float, targets: list[str]) -> None:
-    """adapter_model.safetensors and adapter_config.json, as PEFT reads them, into a folder that exists."""
-    tensors = {f"{PEFT_PREFIX}{name}.lora_{part}.weight": getattr(module, f"lora_{part}")
-               for name, module in adapters(model).items() for part in "AB"}
-    tensorfile.save(tensors, folder / "adapter_model.safetensors")
-    config: dict[str, Any] = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
-        "r": rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "lora_dropout": dropout, "target_modules": sorted(targets), "bias": "none",
-        "fan_in_fan_out": False, "init_lora_weights": True, "modules_to_save": None, "use_rslora": False, "use_dora": False,
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-@torch.no_grad()
-def load(model: nn.Module, folder: Path) -> None:
-    """Applies the adapter of a PEFT folder to a base model.
-
-    Raises:
-        EngineError: an adapter of a kind this engine does not compute, or whose tensors do not fit.
-    """
-    from safetensors.torch import load_file
-
-    path = folder / "adapter_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        tensors = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError) as error:
-        raise EngineError("LORA-FOLDER", f"{folder}: cannot be read as an adapter: {error}; expected PEFT's layout") from error
-    plain = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": False, "modules_to_save": None, "rank_pattern": {},
-             "alpha_pattern": {}, "fan_in_fan_out": False, "layers_to_transform": None, "lora_bias": False}
-    odd = [f"{key}={config[key]!r}" for key, value in plain.items() if config.get(key, value) not in (value, None)]
-    if odd or not isinstance(config["target_modules"], list):
-        raise EngineError("LORA-KIND", f"{path}: has {', '.join(odd) or 'target_modules that are no list'}; only plain LoRA is read")
-    apply(model, config["r"], config["lora_alpha"], 0.0, config["target_modules"], DropoutKeys(0), 0)
-    wanted = {f"{PEFT_PREFIX}{name}.lora_{part}.weight": getattr(module, f"lora_{part}")
-              for name, module in adapters(model).items() for part in "AB"}
-    wrong = [f"  {name}: file has {list(tensors[name].shape) if name in tensors else 'nothing'}, the base wants "
-             f"{list(wanted[name].shape) if name in wanted else 'nothing'}"
-             for name in sorted(wanted.keys() | tensors.keys())
-             if name not in wanted or name not in tensors or wanted[name].shape != tensors[name].shape]
-    if wrong:
-        raise EngineError("LORA-WEIGHTS", f"{folder}: the adapter does not fit the base model:\n" + "\n".join(wrong[:10]))
-    for name, parameter in wanted.items():
-        parameter.copy_(tensors[name])

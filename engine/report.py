@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from engine.config import Recipe
+from engine.config import Lora, Recipe
 from engine.data.dataset import Dataset
 from engine.data.plan import Plan
 from engine.distributed import World
@@ -20,10 +20,17 @@ def facts(model: nn.Module, world: World, choices: dict[str, str]) -> dict[str, 
             "trained": sum(p.numel() for p in model.parameters() if p.requires_grad), **choices}
 
 
+def _trained(cfg: Lora) -> str:
+    if cfg.start:
+        return f"LoRA as in {cfg.start}"
+    name = ("PiSSA" if cfg.init == "pissa" else "LoRA") + " with DoRA" * cfg.dora + " with rsLoRA" * cfg.rslora
+    return f"{name}, rank {cfg.rank} on {', '.join(cfg.targets)}{', and '.join(['', *cfg.modules_to_save])}" if cfg.rank else "all weights"
+
+
 def equation(run: Path, cfg: Recipe, plan: Plan, rows: Dataset, num_steps: int, start: int, ranks: int, known: dict[str, Any]) -> str:
     """The run's plan as a few aligned lines."""
     accumulation = -(-cfg.train.global_batch // (cfg.train.micro_batch * ranks))
-    kind = f"LoRA rank {cfg.lora.rank} on {', '.join(cfg.lora.targets)}" if cfg.lora.rank else "all weights"
+    kind = _trained(cfg.lora)
     last = plan.sequences_per_epoch % cfg.train.global_batch
     targets = int(rows.targets_per_row().sum())
     left_out = f", {rows.ledger['dropped']:,} left out (rejected.jsonl)" if rows.ledger["dropped"] else ""

@@ -18,7 +18,7 @@ def main(argv: list[str]) -> int:
     # ---- Recipe: every mistake in it is told here, before torch takes its seconds to import -------------------------
     cfg = config.load(argv)
 
-    from engine import checkpoint, distributed, export, lora, metrics, optim, precision, report, rundir
+    from engine import adapter, checkpoint, distributed, export, lora, metrics, optim, precision, report, rundir
     from engine.attention import PackedAttention
     from engine.attention import choose as choose_attention
     from engine.data import dataset, loader
@@ -49,14 +49,16 @@ def main(argv: list[str]) -> int:
         device, stop = world.device, StopRequest()
 
         # ---- Model: trained weights are fp32, frozen ones as the recipe says ----------------------------------------
-        frozen = precision.DTYPES[cfg.model.dtype] if cfg.lora.rank else None
+        frozen = precision.DTYPES[cfg.model.dtype] if cfg.lora.used else None
         types = precision.choose(cfg.train.precision, frozen, device)
         attention, why_attention = choose_attention(cfg.train.attention, device, types.arithmetic)
         keys = DropoutKeys(cfg.train.seed)
         model = weights.build(source, cfg.model.init, cfg.train.seed, precision.DTYPES[cfg.model.dtype], types.residual, device,
                               cfg.train.activation_checkpointing, cfg.model.dropout, keys)
-        if cfg.lora.rank:
-            lora.apply(model, cfg.lora.rank, cfg.lora.alpha, cfg.lora.dropout, cfg.lora.targets, keys, cfg.train.seed)
+        if cfg.lora.start:
+            adapter.load(model, Path(cfg.lora.start), cfg.lora.dropout, keys)
+        elif cfg.lora.rank:
+            lora.apply(model, lora.Settings(**{name: value for name, value in vars(cfg.lora).items() if name != "start"}), keys, cfg.train.seed)
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
         # ---- Optimizer and loss scale -------------------------------------------------------------------------------
@@ -65,7 +67,8 @@ def main(argv: list[str]) -> int:
 
         # ---- Resume: data position, learning rate and dropout follow from the step, so they need no saving ----------
         identity = {**config.semantic(cfg), "data": rows.digest, "tokenizer": tokenizer.digest,
-                    "weights": weights.identity(model, source, cfg.model.init)}
+                    "weights": weights.identity(model, source, cfg.model.init),
+                    "adapter": adapter.digest(Path(cfg.lora.start)) if cfg.lora.start else None}
         start, best = distributed.from_first(newest or 0, world), {"step": None, "loss": math.inf}
         if start:
             saved = checkpoint.load(run / "checkpoints", start)
@@ -166,7 +169,7 @@ def main(argv: list[str]) -> int:
         exported, frozen_digest = {}, None
         if world.is_first:
             exported = export.Exporter(model, cfg, held_out or rows, types).run(run / "export")
-            frozen_digest = weights.identity(model, source, cfg.model.init) if cfg.lora.rank else None
+            frozen_digest = weights.identity(model, source, cfg.model.init) if cfg.lora.used else None
             assert frozen_digest in (None, identity["weights"]), "frozen weights have changed"
         log.hparams(cfg, judged.scalars if judged else {})
         log.text("samples", report.samples(judged), num_steps)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine import convert, export, gguf_in, gguf_out, lora, train
+from engine import adapter, convert, export, gguf_in, gguf_out, lora, train
 from engine.attention import PackedAttention
 from engine.errors import CHECKPOINT, EngineError
 from engine.models import weights
@@ -67,7 +67,7 @@ def test_all_kinds_of_one_run_agree_and_say_so(recipe, tiny, tmp_path, stored):
     train.main(recipe("lora.rank=4", f"model.dtype={stored}", "export.kinds=[adapter,model,gguf]", "export.gguf_type=fp32", "train.max_steps=3"))
     folder = tmp_path / "runs/run/export"
     base = load(tiny, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[stored])
-    lora.load(base, folder / "adapter")
+    adapter.load(base, folder / "adapter")
     expected = {name: tensor for name, tensor in load_file(folder / "model/model.safetensors").items()}
     for name, module in lora.adapters(base).items():  # in fp32, from the base's stored numbers
         exact = module.weight.double() + module.scale * (module.lora_B.double() @ module.lora_A.double())
@@ -88,7 +88,7 @@ def test_a_merged_weight_is_rounded_once(recipe, tiny, tmp_path):
     train.main(recipe("lora.rank=4", "model.dtype=fp16", "export.kinds=[adapter,model]", "export.dtype=bf16", "export.max_kl=0.1", "train.max_steps=3"))
     folder = tmp_path / "runs/run/export"
     base = load(tiny, torch.float16)
-    lora.load(base, folder / "adapter")
+    adapter.load(base, folder / "adapter")
     written, twice = load_file(folder / "model/model.safetensors"), 0
     for name, module in lora.adapters(base).items():
         merged = module.merged_weight()

@@ -14,7 +14,7 @@ FLOORS = [
     {"precision", "loss", "cpu_attention"},
     {"attention"},
     {"models", "lora", "data"},
-    {"metrics", "optim", "checkpoint", "sampling", "gguf_in"},
+    {"metrics", "optim", "checkpoint", "sampling", "gguf_in", "adapter"},
     {"gguf_out"},
     {"evaluate", "export", "rundir"},
     {"report"},

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine import generate as command
 from engine import lora
+from engine.adapter import save
 from engine.attention import PackedAttention
 from engine.config import Lora
 from engine.data.dataset import load_dataset
@@ -214,18 +215,18 @@ def test_a_chat_over_a_pipe(folder, model, capsys, monkeypatch):
 
 def test_an_adapter_names_its_base(folder, model, tmp_path, capsys):
     adapted = load_for_inference(folder, None, torch.float32, CPU)
-    lora.apply(adapted, 4, 8.0, 0.0, Lora().targets, DropoutKeys(0), 1)
+    lora.apply(adapted, lora.Settings(4, 8.0, Lora().targets), DropoutKeys(0), 1)
     for number, layer in enumerate(lora.adapters(adapted).values()):
         layer.lora_B.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(number))
     adapter = tmp_path / "adapter"
     adapter.mkdir()
-    lora.save(adapted, adapter, str(folder), 4, 8.0, 0.0, Lora().targets)
+    save(adapted, adapter, str(folder), 0.0)
     (adapter / "engine.json").write_text('{"template": "chatml"}')
     start = ["--adapter", str(adapter), "--max-new-tokens", "12", "--device", "cpu", "--prompt", "red"]
     command.main(start)
     expected = answer_of(adapted.eval(), folder, "red", template="chatml") + "\n"
     assert capsys.readouterr().out == expected != answer_of(model, folder, "red", template="chatml") + "\n"
-    lora.save(adapted, adapter, "somewhere/else", 4, 8.0, 0.0, Lora().targets)
+    save(adapted, adapter, "somewhere/else", 0.0)
     with pytest.raises(EngineError, match="somewhere/else.*--model"):
         command.main(start)
     command.main([*start, "--model", str(folder)])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine import lora, train
+from engine import adapter, lora, train
 from engine.attention import PackedAttention
 from engine.dropout import DropoutKeys
 from engine.errors import EngineError
@@ -19,11 +19,11 @@ CPU = torch.device("cpu")
 IDS, POSITIONS = torch.arange(30), torch.arange(30)
 
 
-def build(folder: Path, targets=("q_proj", "v_proj", "down_proj"), dropout=0.0, dtype=torch.float32, randomise=False):
+def build(folder: Path, targets=("q_proj", "v_proj", "down_proj"), dropout=0.0, dtype=torch.float32, randomise=False, **more):
     keys = DropoutKeys(1)
     keys.set(0, [0], [30])
     model = weights.build(folder, "pretrained", 0, dtype, torch.float32, CPU, keys=keys)
-    lora.apply(model, 4, 8.0, dropout, list(targets), keys, 7)
+    lora.apply(model, lora.Settings(4, 8.0, list(targets), dropout, **more), keys, 7)
     if randomise:
         for module in lora.adapters(model).values():
             torch.nn.init.normal_(module.lora_B, std=0.2, generator=torch.Generator().manual_seed(module.out_features))
@@ -107,18 +107,18 @@ def test_a_target_that_matches_nothing_is_an_error_even_one_of_several(tiny, tar
 def test_peft_computes_the_same_from_the_saved_adapter(tiny, tmp_path):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     model = build(tiny, randomise=True)
-    lora.save(model, tmp_path, str(tiny), 4, 8.0, 0.0, ["q_proj", "v_proj", "down_proj"])
+    adapter.save(model, tmp_path, str(tiny), 0.0)
     theirs = peft.PeftModel.from_pretrained(transformers.LlamaForCausalLM.from_pretrained(tiny), tmp_path).eval()
     assert (theirs(IDS[None]).logits[0] - logits(model)).abs().max() <= 1e-5
     again = weights.build(tiny, "pretrained", 0, torch.float32, torch.float32, CPU)
-    lora.load(again, tmp_path)
+    adapter.load(again, tmp_path)
     assert torch.equal(logits(again), logits(model))
 
 
 def test_gradients_equal_peft(tiny, tmp_path):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     model = build(tiny, randomise=True)
-    lora.save(model, tmp_path, str(tiny), 4, 8.0, 0.0, ["q_proj", "v_proj", "down_proj"])
+    adapter.save(model, tmp_path, str(tiny), 0.0)
     theirs = peft.PeftModel.from_pretrained(transformers.LlamaForCausalLM.from_pretrained(tiny), tmp_path, is_trainable=True)
     targets = IDS.roll(-1)[:-1]
     ours = summed_cross_entropy(model(IDS, POSITIONS, PackedAttention([30], CPU))[:-1], model.lm_head.weight, targets)
@@ -152,3 +152,20 @@ def test_training_leaves_the_base_as_it_was_and_exports_the_adapter(recipe, trai
 def test_lora_needs_a_pretrained_base(recipe):
     with pytest.raises(EngineError, match="needs a pretrained base"):
         train.main(recipe("lora.rank=4", "model.init=random"))
+
+
+def test_training_goes_on_from_an_adapter(recipe, trained, ranks, tmp_path):
+    """Its settings come from its file; the first loss is that of the adapter, the base is as before."""
+    rows = f"data.validation={tmp_path / 'rows.jsonl'}"
+    trained(1, recipe("lora.rank=4", "lora.rslora=true", "lora.dora=true", "lora.targets=[all-linear]", "train.max_steps=3", rows, name="first"))
+    start = f"lora.start={tmp_path / 'runs/first/export/adapter'}"
+    trained(2, recipe(start, "lora.dropout=0.1", "train.max_steps=2", rows, name="second"))
+    lines = [[json.loads(line) for line in (tmp_path / f"runs/{name}/metrics.jsonl").read_text().splitlines()] for name in ("first", "second")]
+    before, after, going_on = (line["validation/loss"] for line in (lines[0][0], lines[0][-1], lines[1][0]))
+    assert after < before and going_on == pytest.approx(after, rel=1e-6)
+    configs = [json.loads((tmp_path / f"runs/{name}/export/adapter/adapter_config.json").read_text()) for name in ("first", "second")]
+    assert configs[0] == {**configs[1], "lora_dropout": 0.0} and configs[1]["use_dora"] and configs[1]["lora_dropout"] == 0.1
+    with pytest.raises(EngineError, match="lora.alpha is decided by lora.start"):
+        train.main(recipe(start, "lora.alpha=3"))
+    with pytest.raises(EngineError, match="expected a folder with adapter_config.json"):
+        train.main(recipe("lora.start=nowhere"))

@@ -14,7 +14,7 @@ from engine.attention import PackedAttention
 from engine.data.dataset import load_dataset
 from engine.data.tokenizer import load_tokenizer
 from engine.dropout import DropoutKeys
-from engine.lora import apply
+from engine.lora import Settings, apply
 from engine.loss import summed_cross_entropy
 from engine.models import weights
 
@@ -86,7 +86,7 @@ def test_flops_equal_torchs_own_count(tiny, rank):
 
     model = weights.build(tiny, "pretrained", 0, torch.float32, torch.float32, CPU)
     if rank:
-        apply(model, rank, 8.0, 0.0, ["q_proj", "down_proj"], DropoutKeys(0), 0)
+        apply(model, Settings(rank, 8.0, ["q_proj", "down_proj"]), DropoutKeys(0), 0)
     ids, targets = torch.arange(60), torch.arange(25)
     with FlopCounterMode(display=False) as counter:
         hidden = model(ids, torch.arange(60), PackedAttention([60], CPU))

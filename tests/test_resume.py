@@ -97,6 +97,20 @@ def stop_after(step: int, arguments: list[str]) -> int:
     return train.main(arguments)
 
 
+@pytest.mark.parametrize("variant", [("lora.dora=true", "lora.targets=[all-linear]"), ("lora.init=pissa", "lora.rslora=true", "lora.rank_pattern={v_proj: 2}"),
+                                     ("lora.modules_to_save=[embed_tokens,lm_head]", "lora.alpha_pattern={q_proj: 3}")], ids=["dora", "pissa", "whole"])
+def test_every_variant_of_lora_resumes_to_the_bit(recipe, ranks, trained, tmp_path, variant):
+    options = ["lora.rank=4", "lora.dropout=0.2", "model.dtype=bf16", "export.kinds=[adapter,model]", *LONG, *variant]
+    trained(2, recipe(*options, name="whole"))
+    assert set(ranks(2, lambda: stop_after(4, recipe(*options, name="cut"))).wait()) == {PREEMPTED}
+    trained(2, recipe(*options, name="cut"))
+    assert result(tmp_path / "runs/cut") == result(tmp_path / "runs/whole")
+    for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "model/model.safetensors"):
+        assert (tmp_path / "runs/whole/export" / name).read_bytes() == (tmp_path / "runs/cut/export" / name).read_bytes(), name
+        agreement = json.loads((tmp_path / "runs/cut/export" / name.split("/")[0] / "engine.json").read_text())["agreement_with_training"]
+        assert agreement["kl"] < 1e-5
+
+
 def test_asked_to_stop_saves_and_goes_on(recipe, ranks, trained, tmp_path):
     trained(2, recipe(*FULL, *LONG, name="whole"))
     stopped = ranks(2, lambda: stop_after(5, recipe(*FULL, *LONG, "checkpoint.every_steps=0", "checkpoint.each_epoch=false", name="cut")))

@@ -1,0 +1,144 @@
+"""Adapters on disk, in PEFT's layout: adapter_model.safetensors and adapter_config.json.
+
+Which layers have an adapter and of which rank is read from the tensors, so every way PEFT has of naming targets is
+understood. A kind of adapter that this engine does not compute is refused by name.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from engine import lora, tensorfile
+from engine.dropout import DropoutKeys
+from engine.errors import SECURITY, EngineError
+from engine.lora import WHOLE, LoRALinear
+
+WEIGHTS, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
+# Fields that say nothing, or nothing that the tensors do not say.
+KNOWN = set("""alpha_pattern auto_mapping base_model_name_or_path exclude_modules fan_in_fan_out inference_mode init_lora_weights layers_pattern
+    layers_to_transform lora_alpha lora_dropout megatron_core modules_to_save peft_type peft_version qalora_group_size r rank_pattern revision
+    runtime_config target_modules task_type use_dora use_rslora bias ensure_weight_tying eva_config stable_gamma""".split())
+# Ways of starting that change the base's weights: such an adapter belongs to a base that is nowhere on disk.
+PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+def save(model: nn.Module, folder: Path, base: str, dropout: float) -> None:
+    """Writes the model's adapters into a folder that exists; `base` is where PEFT finds the base model.
+
+    PiSSA's are written as plain LoRA of twice the rank on the base as it was, so any base on disk fits.
+    """
+    modules, tensors, ranks, alphas = lora.adapters(model), {}, {}, {}
+    for name, module in modules.items():
+        a, b = module.pair()
+        tensors |= {f"{name}.lora_A.weight": a.detach(), f"{name}.lora_B.weight": b.detach()}
+        wider = len(a) / len(module.lora_A)
+        ranks[name], alphas[name] = len(a), module.alpha * (math.sqrt(wider) if module.rslora else wider)
+        if module.lora_magnitude_vector is not None:
+            tensors[f"{name}.lora_magnitude_vector"] = module.lora_magnitude_vector
+    whole = [name for name, path in WHOLE.items() if model.get_submodule(path).weight.requires_grad]
+    # of one matrix in both places each gets a copy: safetensors takes no tensor twice
+    tensors |= {f"{WHOLE[name]}.weight": model.get_submodule(WHOLE[name]).weight.detach().clone() for name in whole}
+    tensorfile.save({PREFIX + name: tensor for name, tensor in tensors.items()}, folder / WEIGHTS)
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    first = next(iter(modules.values()))
+    config: dict[str, Any] = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
+        "r": rank, "lora_alpha": _whole(alpha), "lora_dropout": dropout, "target_modules": _targets(model, list(modules)), "bias": "none",
+        "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
+        "alpha_pattern": {name: _whole(value) for name, value in alphas.items() if value != alpha},
+        "fan_in_fan_out": False, "init_lora_weights": True, "modules_to_save": whole or None, "use_rslora": first.rslora,
+        "use_dora": first.lora_magnitude_vector is not None,
+    }
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _whole(number: float) -> float:
+    """8 for 8.0, as people write it."""
+    return int(number) if number == int(number) else number
+
+
+def _targets(model: nn.Module, names: list[str]) -> list[str]:
+    """The ends of the names where they mean these layers and no others, else the whole names."""
+    ends = {name.rpartition(".")[2] for name in names}
+    meant = {name for name in lora.linear_layers(model) if name.rpartition(".")[2] in ends}
+    return sorted(ends) if meant == set(names) else sorted(names)
+
+
+@torch.no_grad()
+def load(model: nn.Module, folder: Path, dropout: float = 0.0, keys: DropoutKeys | None = None) -> None:
+    """Puts the adapters of a folder onto a base model, to be trained on or used.
+
+    Raises:
+        EngineError: an adapter of a kind this engine does not compute, or whose tensors do not fit.
+    """
+    config, tensors = _read(folder)
+    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    whole = [name for name, path in WHOLE.items() if f"{path}.weight" in tensors]
+    layers, wanted, problems = {}, {}, []
+    linear = lora.linear_layers(model)
+    for name in sorted(key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")):
+        if name not in linear:
+            problems.append(f"{name}: the base has no such linear layer")
+            continue
+        alpha = lora.of(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
+        layers[name] = module = LoRALinear(linear[name], len(tensors[f"{name}.lora_A.weight"]), alpha, dropout, keys or DropoutKeys(0), 0,
+                                           bool(config.get("use_rslora")), bool(config.get("use_dora")))
+        wanted |= {f"{name}.lora_A.weight": module.lora_A, f"{name}.lora_B.weight": module.lora_B}
+        if module.lora_magnitude_vector is not None:
+            wanted[f"{name}.lora_magnitude_vector"] = module.lora_magnitude_vector
+    sizes = {key: list(parameter.shape) for key, parameter in wanted.items()} | {f"{WHOLE[name]}.weight": None for name in whole}
+    problems += [f"{key}: file has {list(tensors[key].shape) if key in tensors else 'nothing'}, the base wants {sizes.get(key, 'nothing')}"
+                 for key in sorted(sizes.keys() | tensors.keys()) if key not in sizes or key not in tensors
+                 or sizes[key] is not None and sizes[key] != list(tensors[key].shape)]
+    values = {name: tensors[f"{WHOLE[name]}.weight"] for name in whole}
+    problems += [f"{name}: file has {list(matrix.shape)}, the base wants {list(model.lm_head.weight.shape)}, or more rows for tokens that were added"
+                 for name, matrix in values.items() if matrix.shape[1] != model.lm_head.in_features or len(matrix) < len(model.lm_head.weight)]
+    if model.config.tie_word_embeddings and values and not (config.get("ensure_weight_tying") or len(values) == 2 and torch.equal(*values.values())):
+        problems.append("the base has one matrix as embedding and head, the adapter has two that differ")
+    if problems or not layers:
+        raise EngineError("LORA-WEIGHTS", f"{folder}: the adapter does not fit the base model:\n" +
+                          "\n".join(f"  {one}" for one in problems[:10] or ["it is empty"]))
+    lora.swap(model, layers)
+    for key, parameter in wanted.items():
+        parameter.copy_(tensors[key])
+    for name, matrix in values.items():
+        lora.train_whole(model, name, matrix)
+        model.config = dataclasses.replace(model.config, vocab_size=len(matrix))
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    path = folder / CONFIG
+    try:
+        if not (folder / WEIGHTS).is_file() and (folder / "adapter_model.bin").is_file():
+            raise EngineError("LORA-PICKLE", f"{folder / 'adapter_model.bin'}: is a pickle, which can run code when read, and is never loaded; load it "
+                              "with PEFT where you trust it and save it again, which writes safetensors", SECURITY)
+        config, tensors = json.loads(path.read_text(encoding="utf-8")), load_file(folder / WEIGHTS)
+        config["lora_alpha"], config["peft_type"]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise EngineError("LORA-FOLDER", f"{folder}: cannot be read as an adapter: {error}; expected PEFT's layout") from error
+    odd = [f"{key}={value!r}" for key, value in config.items() if key not in KNOWN and value not in (None, False, [], {})]
+    odd += [f"{key}={config[key]!r}" for key, good in (("peft_type", ("LORA",)), ("bias", ("none",)), ("init_lora_weights", PLAIN_STARTS))
+            if key in config and config[key] not in good]
+    odd += [f"modules_to_save={name!r}" for name in config.get("modules_to_save") or [] if name not in WHOLE]
+    if odd:
+        raise EngineError("LORA-KIND", f"{path}: has {', '.join(odd)}, which is not computed here; "
+                          "expected LoRA, rsLoRA or DoRA on linear layers of an unchanged base")
+    return config, tensors
+
+
+def digest(folder: Path) -> str:
+    """SHA-256 of what an adapter holds."""
+    _read(folder)
+    total = hashlib.sha256()
+    for name in (CONFIG, WEIGHTS):
+        total.update((folder / name).read_bytes())
+    return total.hexdigest()
