@@ -16,6 +16,8 @@ from torch import Tensor
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import EngineError
 from engine.gguf_in import ARCHITECTURES, CONTROL, IN_BLOCK, NORMAL, UNUSED, USER_DEFINED, WHOLE, extra, pre_tokenizers
+from engine.models import FAMILIES
+from engine.models.config import ModelConfig
 from engine.models.llama import ROPE_SCALINGS
 
 TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
@@ -34,16 +36,19 @@ def write(path: Path, config: dict[str, Any], tensors: Mapping[str, Tensor], fol
         EngineError: an architecture, a rope scaling, a tokenizer or a shape that is not written.
     """
     gguf = extra("gguf", path)
-    architectures = {model_type: name for name, (model_type, _) in ARCHITECTURES.items()}
+    architectures = {**{model_type: name for name, (model_type, _) in ARCHITECTURES.items()}, "mistral": "llama"}
     if (model_type := config.get("model_type")) not in architectures:
         refuse(path, f"model_type is {model_type!r}, expected one of {', '.join(architectures)}")
+    model = FAMILIES[model_type].config(config, str(path))
+    if any(model.windows):
+        refuse(path, f"{sum(map(bool, model.windows))} layers see a window of tokens only")
     writer = gguf.GGUFWriter(path, architectures[model_type])
-    write_config(writer, path, config, gguf)
+    write_config(writer, model, gguf)
     write_tokenizer(writer, path, folder, config)
     kind = getattr(gguf.GGMLQuantizationType, TYPES[dtype])
     heads = {}
-    if model_type == "llama":  # llama.cpp turns neighbours there: see gguf_in.tensors_of
-        heads = {"q_proj": config["num_attention_heads"], "k_proj": config.get("num_key_value_heads") or config["num_attention_heads"]}
+    if architectures[model_type] == "llama":  # llama.cpp turns neighbours there: see gguf_in.tensors_of
+        heads = {"q_proj": model.num_attention_heads, "k_proj": model.num_key_value_heads}
     for name, tensor in tensors.items():
         values = tensor.detach().cpu().float().numpy()
         if not np.isfinite(values).all():
@@ -77,33 +82,27 @@ def gguf_name(path: Path, name: str) -> str:
     refuse(path, f"has a tensor {name}")
 
 
-def write_config(writer: Any, path: Path, config: dict[str, Any], gguf: Any) -> None:
-    heads = config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta, kind = rope.get("rope_theta") or config.get("rope_theta", 10000.0), rope.get("rope_type", rope.get("type", "default"))
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_rope_freq_base(theta)
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_vocab_size(config["vocab_size"])
+def write_config(writer: Any, model: ModelConfig, gguf: Any) -> None:
+    writer.add_block_count(model.num_hidden_layers)
+    writer.add_context_length(model.max_position_embeddings)
+    writer.add_embedding_length(model.hidden_size)
+    writer.add_feed_forward_length(model.intermediate_size)
+    writer.add_head_count(model.num_attention_heads)
+    writer.add_head_count_kv(model.num_key_value_heads)
+    writer.add_key_length(model.head_dim)
+    writer.add_value_length(model.head_dim)
+    writer.add_rope_dimension_count(model.head_dim)
+    rope = model.ropes[0]
+    writer.add_rope_freq_base(rope.theta)
+    writer.add_layer_norm_rms_eps(model.rms_norm_eps)
+    writer.add_vocab_size(model.vocab_size)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    if kind == "linear":
+    if rope.kind == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(rope["factor"])
-    elif kind == "llama3":  # as a tensor of divisors, for GGUF has no keys for its parameters
-        frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-        divisors = frequencies / ROPE_SCALINGS["llama3"](frequencies, rope)
-        writer.add_tensor("rope_freqs.weight", divisors.float().numpy())
-    elif kind != "default":
-        refuse(path, f"its rope type is {kind!r}")
+        writer.add_rope_scaling_factor(rope.parameters["factor"])
+    elif rope.kind == "llama3":  # as a tensor of divisors, for GGUF has no keys for its parameters
+        frequencies = rope.theta ** -(torch.arange(0, model.head_dim, 2, dtype=torch.float64) / model.head_dim)
+        writer.add_tensor("rope_freqs.weight", (frequencies / ROPE_SCALINGS["llama3"](frequencies, rope.parameters)).float().numpy())
 
 
 def write_tokenizer(writer: Any, path: Path, folder: Path, config: dict[str, Any]) -> None:

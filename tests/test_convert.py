@@ -12,7 +12,7 @@ import tokenizers
 import torch
 from safetensors.torch import load_file
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from engine import convert, gguf_in
 from engine.attention import PackedAttention
@@ -89,17 +89,21 @@ def spm_keys(model: bytes, **more) -> dict:
             "bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0, **more}
 
 
-def llama(**changes) -> LlamaForCausalLM:
+def llama(family=(LlamaConfig, LlamaForCausalLM), **changes) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
               "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 20000.0},
               "tie_word_embeddings": True, "initializer_range": 0.1, "attn_implementation": "eager"}
-    model = LlamaForCausalLM(LlamaConfig(**{**config, **changes})).eval()
+    model = family[1](family[0](**{**config, **changes})).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
+            if parameter.dim() == 1:
+                parameter.uniform_(*((-0.5, 0.5) if name.endswith("bias") else (0.5, 1.5)))
     return model
+
+
+def qwen2(**changes) -> Qwen2ForCausalLM:
+    return llama((Qwen2Config, Qwen2ForCausalLM), **changes)
 
 
 def permuted(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -115,9 +119,11 @@ def write_gguf(path: Path, model: LlamaForCausalLM, keys: dict, kind: str = "F32
     known = {"block_count": config.num_hidden_layers, "context_length": config.max_position_embeddings, "embedding_length": config.hidden_size,
              "feed_forward_length": config.intermediate_size, "attention.head_count": config.num_attention_heads,
              "attention.head_count_kv": config.num_key_value_heads, "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-             "rope.freq_base": config.rope_parameters["rope_theta"], "rope.dimension_count": config.head_dim, "attention.key_length": config.head_dim}
+             "rope.freq_base": config.rope_parameters["rope_theta"]}
+    if architecture == "llama":
+        known |= {"rope.dimension_count": config.head_dim, "attention.key_length": config.head_dim}
     add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
-    for key, value in [*((f"llama.{key}", value) for key, value in {**known, **(facts or {})}.items()),
+    for key, value in [*((f"{architecture}.{key}", value) for key, value in {**known, **(facts or {})}.items()),
                        *((f"tokenizer.ggml.{key}", value) for key, value in keys.items())]:
         if value is not None:
             add[type(value)](key, value)
@@ -130,10 +136,11 @@ def write_gguf(path: Path, model: LlamaForCausalLM, keys: dict, kind: str = "F32
         with torch.no_grad():
             parameter.copy_(torch.from_numpy(gguf.quants.dequantize(stored, qtype) if matrix else data.copy()))
         heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}.get(part)
-        stored = permuted(stored, heads) if heads else stored
-        label = f"blk.{name.split('.')[2]}.{NAMES[part]}.weight" if part else f"{NAMES[name.removesuffix('.weight')]}.weight"
+        stored = permuted(stored, heads) if heads and architecture == "llama" else stored
+        label = f"blk.{name.split('.')[2]}.{NAMES[part]}.{name.split('.')[-1]}" if part else f"{NAMES[name.removesuffix('.weight')]}.weight"
         written[label] = (stored, qtype if matrix else None)
-    for name, data in {**written, **{name: data if data is None else (data, None) for name, data in (tensors or {}).items()}}.items():
+    for name, data in {**written, **{name: data if data is None or isinstance(data, tuple) else (data, None)
+                                     for name, data in (tensors or {}).items()}}.items():
         if data is not None:
             writer.add_tensor(name, data[0], raw_dtype=data[1])
     writer.write_header_to_file()
@@ -195,6 +202,77 @@ def test_logits_are_the_models(case, keys, tmp_path):
     for field in ("rope_parameters", "rms_norm_eps", "head_dim", "tie_word_embeddings", "max_position_embeddings"):
         assert getattr(reread.config, field) == getattr(model.config, field), field
     assert reread.generation_config.eos_token_id == keys["eos_token_id"]
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_0", "Q4_1"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_qwen2_comes_in_and_goes_back(kind, tied, tmp_path):
+    """Biases on queries, keys and values; rows of projections as they are."""
+    model = qwen2(tie_word_embeddings=tied)
+    write_gguf(tmp_path / "in.gguf", model, bpe_keys("qwen2", bpe("qwen2")), kind, "qwen2")
+    convert.main([str(tmp_path / "in.gguf"), str(tmp_path / "out"), "--dtype", "fp32"])
+    assert_same_logits(tmp_path / "out", model)
+    reread = Qwen2ForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert all(torch.equal(tensor, reread.state_dict()[name]) for name, tensor in model.state_dict().items())
+    convert.main([str(tmp_path / "out"), str(tmp_path / "back.gguf"), "--dtype", "fp32"])
+    convert.main([str(tmp_path / "back.gguf"), str(tmp_path / "again"), "--dtype", "fp32"])
+    assert_same_logits(tmp_path / "again", model)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    (tmp_path / "out/config.json").write_text(json.dumps({**config, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}))
+    with pytest.raises(EngineError, match="1 layers see a window"):
+        convert.main([str(tmp_path / "out"), str(tmp_path / "no.gguf")])
+
+
+def fp16(low: float, high: float, count: int, draw: np.random.Generator) -> np.ndarray:
+    return draw.uniform(low, high, count).astype(np.float16)
+
+
+def q4_k(values: int, draw: np.random.Generator) -> tuple[np.ndarray, list[float]]:
+    """Random blocks of 256 numbers and what they mean, number by number: eight groups of 32 with a 6-bit scale and offset each."""
+    stored, meaning = [], []
+    for d, dmin in zip(fp16(0.0005, 0.002, values // 256, draw), fp16(0.001, 0.004, values // 256, draw), strict=True):
+        scales, quants = draw.integers(0, 256, 12, dtype=np.uint8), draw.integers(0, 256, 128, dtype=np.uint8)
+        stored.append(np.concatenate([np.array([d, dmin]).view(np.uint8), scales, quants]))
+        packed = scales.tolist()
+        for group in range(8):
+            if group < 4:
+                scale, offset = packed[group] & 63, packed[group + 4] & 63
+            else:
+                scale = (packed[group + 4] & 15) | (packed[group - 4] >> 6) << 4
+                offset = (packed[group + 4] >> 4) | (packed[group] >> 6) << 4
+            nibbles = quants[group // 2 * 32 : group // 2 * 32 + 32].tolist()
+            meaning += [float(d) * scale * (nibble >> 4 if group % 2 else nibble & 15) - float(dmin) * offset for nibble in nibbles]
+    return np.stack(stored), meaning
+
+
+def q6_k(values: int, draw: np.random.Generator) -> tuple[np.ndarray, list[float]]:
+    """Random blocks of 256 numbers: sixteen groups of 16 with an 8-bit scale each; four bits of a number here, two there."""
+    stored, meaning = [], []
+    for d in fp16(0.00005, 0.0002, values // 256, draw):
+        low, high = draw.integers(0, 256, 128, dtype=np.uint8), draw.integers(0, 256, 64, dtype=np.uint8)
+        scales = draw.integers(-100, 100, 16, dtype=np.int8)
+        stored.append(np.concatenate([low, high, scales.view(np.uint8), np.array([d]).view(np.uint8)]))
+        for place in range(256):
+            half, quarter, column = place // 128, place % 128 // 32, place % 32
+            four = int(low[half * 64 + quarter % 2 * 32 + column]) >> (4 if quarter > 1 else 0) & 15
+            two = int(high[half * 32 + column]) >> 2 * quarter & 3
+            meaning.append(float(d) * int(scales[place // 16]) * ((four | two << 4) - 32))
+    return np.stack(stored), meaning
+
+
+@pytest.mark.parametrize(("kind", "make"), [("Q4_K", q4_k), ("Q6_K", q6_k)])
+def test_k_quants_mean_what_their_bits_say(kind, make, keys, tmp_path):
+    """The package writes no such blocks, so they are random bits here, and read by hand."""
+    model, draw = llama(hidden_size=256, intermediate_size=256, num_hidden_layers=1, num_attention_heads=16), np.random.default_rng(0)
+    write_gguf(tmp_path / "plain.gguf", model, keys)
+    names = [tensor.name for tensor in gguf.GGUFReader(tmp_path / "plain.gguf").tensors if len(tensor.shape) == 2 and "attn" not in tensor.name]
+    blocks = {name: make((VOCABULARY if name == "token_embd.weight" else 256) * 256, draw) for name in names}
+    write_gguf(tmp_path / "in.gguf", model, keys, tensors={name: (stored, gguf.GGMLQuantizationType[kind]) for name, (stored, _) in blocks.items()})
+    gguf_in.to_folder(tmp_path / "in.gguf", tmp_path / "out", "fp32")
+    written = load_file(tmp_path / "out/model.safetensors")
+    for ours, theirs in (("embed_tokens", "token_embd"), ("layers.0.mlp.gate_proj", "blk.0.ffn_gate"), ("layers.0.mlp.down_proj", "blk.0.ffn_down")):
+        expected = torch.tensor(blocks[f"{theirs}.weight"][1], dtype=torch.float64).view(-1, 256)
+        assert expected.std() > 0.01 and torch.allclose(written[f"model.{ours}.weight"].double(), expected, rtol=1e-6, atol=1e-8)
 
 
 def test_dtype_is_that_asked_for(keys, tmp_path):
