@@ -37,7 +37,7 @@ class Run:
 class Model:
     path: str = option("", "folder in Hugging Face layout: config.json, *.safetensors, tokenizer.model or tokenizer.json")
     init: str = option("pretrained", "where weights come from: the folder, or random by its config.json", ("pretrained", "random"))
-    dtype: str = option("fp32", "type of frozen weights; trained weights are fp32 always", ("fp32", "bf16", "fp16"))
+    dtype: str = option("fp32", "type of frozen weights; trained ones are fp32, and bf16 with optim.name=adamw_bf16", ("fp32", "bf16", "fp16"))
     dropout: float = option(0.0, "share of each block's two outputs zeroed in training", low=0, high=0.9)
 
 
@@ -63,6 +63,9 @@ class Lora:
 
 @dataclass
 class Optim:
+    name: str = option("adamw", "adamw: weights, gradients and both moments in fp32, 16 bytes a parameter; adamw_bf16, for full fine-tuning: all four "
+                       "in bf16 with stochastic rounding, 8 bytes", ("adamw", "adamw_bf16"))
+    shard: bool = option(False, "each rank keeps the moments of its share of the parameters only (ZeRO); the result is the same")
     lr: float = option(2e-5, "peak learning rate", low=0)
     betas: list[float] = option([0.9, 0.999], "AdamW: decay of the first and second moment per step")
     eps: float = option(1e-8, "AdamW: added to the root of the second moment", low=0)
@@ -147,8 +150,8 @@ def options() -> dict[str, Any]:
 
 # Options that may differ between the launches of one run: they place, pace or show the work and leave its result alone.
 # What data and model paths hold is compared by content instead.
-HARDWARE = ("run.", "log.", "evaluate.", "checkpoint.", "export.", "data.cache", "data.train", "data.validation", "model.path", "train.device",
-            "train.micro_batch", "train.activation_checkpointing", "train.attention", "train.timeout_s")
+HARDWARE = ("run.", "log.", "evaluate.", "checkpoint.", "export.", "data.cache", "data.train", "data.validation", "model.path", "optim.shard",
+            "train.device", "train.micro_batch", "train.activation_checkpointing", "train.attention", "train.timeout_s")
 
 
 def flat(recipe: Recipe) -> dict[str, Any]:
@@ -303,8 +306,15 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "lora.targets", "is empty; name at least one linear layer, or set lora.rank=0 to train all weights"
     if recipe.lora.rank and recipe.model.init == "random":
         yield "lora.rank", "needs a pretrained base, got model.init=random; set lora.rank=0"
-    if not recipe.lora.rank and recipe.model.dtype != "fp32":
-        yield "model.dtype", f"got {recipe.model.dtype} without LoRA, expected fp32: trained weights are held in fp32 (train.precision sets the arithmetic)"
+    in_bf16 = recipe.optim.name == "adamw_bf16"
+    held = "bf16" if in_bf16 else "fp32"
+    if in_bf16 and recipe.lora.rank:
+        yield "optim.name", "got adamw_bf16 with LoRA, expected adamw: adapters are small and held in fp32 (model.dtype=bf16 stores the base)"
+    elif not recipe.lora.rank and recipe.model.dtype != held:
+        yield "model.dtype", (f"got {recipe.model.dtype} without LoRA, expected {held}: optim.name={recipe.optim.name} holds trained weights in {held} "
+                              "(train.precision sets the arithmetic)")
+    if in_bf16 and recipe.train.precision == "fp16":
+        yield "train.precision", "got fp16 with optim.name=adamw_bf16, expected bf16 or fp32: fp16 does not reach as far as bf16 weights and gradients"
     if len(recipe.optim.betas) != 2 or not all(0 <= beta < 1 for beta in recipe.optim.betas):
         yield "optim.betas", f"got {recipe.optim.betas}, expected two numbers from 0 up to 1"
     if recipe.optim.warmup_ratio and recipe.optim.warmup_steps is not None:

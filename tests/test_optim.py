@@ -8,6 +8,9 @@ from torch import nn
 
 from engine import optim
 from engine.config import Optim
+from engine.distributed import World
+
+ONE = World(0, 1, 0, torch.device("cpu"))
 
 
 def curve(num_steps: int = 100, **options) -> list[float]:
@@ -40,10 +43,10 @@ def test_short_runs_with_warmup_divide_by_nothing(schedule, num_steps):
 
 def test_matrices_decay_and_vectors_do_not():
     model = nn.ModuleDict({"embedding": nn.Embedding(4, 3), "linear": nn.Linear(3, 2), "norm": nn.LayerNorm(2)})
-    built = optim.build(list(model.parameters()), Optim(lr=0.1, weight_decay=0.5))
+    built, reason = optim.build(list(model.parameters()), Optim(lr=0.1, weight_decay=0.5), 0, ONE)
     decayed = {id(parameter) for group in built.param_groups if group["weight_decay"] for parameter in group["params"]}
     assert decayed == {id(model["embedding"].weight), id(model["linear"].weight)}
-    assert sum(len(group["params"]) for group in built.param_groups) == 5 and built.param_groups[0]["fused"]
+    assert sum(len(group["params"]) for group in built.param_groups) == 5 and built.param_groups[0]["fused"] and "fused" in reason
 
 
 @pytest.mark.parametrize(("clip", "scale"), [(0.5, 1.0), (0.5, 1024.0), (0.0, 8.0), (1e9, 1.0)])
