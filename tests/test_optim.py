@@ -235,7 +235,7 @@ def test_the_loss_curve_stays_within_a_percent_of_fp32_weights(recipe, trained, 
     """The metric: mean training loss of the last 20 of 60 steps, every step on rows not seen before, all else being equal. At
     the low rate rounding to the nearest fails it, and the difference is also held against how far the loss fell."""
     write_rows(tmp_path / "rows.jsonl", ragged_rows(480))
-    kinds = {"fp32": (), "ours": BF16, "nearest": BF16}
+    kinds = {"fp32": (), "ours": BF16} | ({"nearest": BF16} if lr == 1e-4 else {})
     curves = {}
     for kind, options in kinds.items():
         with pytest.MonkeyPatch.context() as patch:
@@ -248,13 +248,15 @@ def test_the_loss_curve_stays_within_a_percent_of_fp32_weights(recipe, trained, 
     last = {kind: sum(curve[-20:]) / 20 for kind, curve in curves.items()}
     assert last["ours"] == pytest.approx(last["fp32"], rel=0.01)
     assert abs(last["ours"] - last["fp32"]) < 0.02 * (curves["fp32"][0] - last["fp32"])
-    assert lr > 1e-4 or last["nearest"] > 1.05 * last["fp32"], "the test could not fail"
+    assert lr != 1e-4 or last["nearest"] > 1.05 * last["fp32"], "the test could not fail"
 
 
 @pytest.mark.parametrize("instructions", [True, False])
 def test_bf16_weights_train_with_and_without_bf16_instructions(recipe, trained, tmp_path, monkeypatch, instructions):
     monkeypatch.setattr(precision, "_cpu_multiplies_bf16", lambda: instructions)
-    options = ("train.precision=bf16", "train.activation_checkpointing=1", "model.dropout=0.1", "train.max_steps=3")
+    rows = write_rows(tmp_path / "validation.jsonl", ragged_rows(3, seed=1))
+    options = ("train.precision=bf16", "train.activation_checkpointing=1", "model.dropout=0.1", "train.max_steps=3", f"data.validation={rows}",
+               "evaluate.exact_match_rows=2", "evaluate.max_new_tokens=4")
     trained(1, recipe("train.max_steps=3", "model.dropout=0.1", name="fp32"))
     trained(2, recipe(*BF16, *options, name="bf16"))
     losses = [[json.loads(line)["train/loss"] for line in (tmp_path / f"runs/{name}/metrics.jsonl").read_text().splitlines()] for name in ("fp32", "bf16")]
