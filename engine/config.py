@@ -38,7 +38,7 @@ class Run:
 class Model:
     path: str = option("", "folder in Hugging Face layout: config.json, *.safetensors, tokenizer.model or tokenizer.json")
     init: str = option("pretrained", "where weights come from: the folder, or random by its config.json", ("pretrained", "random"))
-    dtype: str = option("fp32", "type of frozen weights; trained weights are fp32 always", ("fp32", "bf16", "fp16"))
+    dtype: str = option("fp32", "type of frozen weights; trained ones are fp32, and bf16 with optim.name=adamw_bf16", ("fp32", "bf16", "fp16"))
     dropout: float = option(0.0, "share of each block's two outputs zeroed in training", low=0, high=0.9)
 
 
@@ -75,10 +75,14 @@ class Lora:
 
 @dataclass
 class Optim:
+    name: str = option("adamw", "adamw: weights, gradients and both moments in fp32, 16 bytes a parameter; adamw_bf16, for full fine-tuning: all four "
+                       "in bf16 with stochastic rounding, 8 bytes", ("adamw", "adamw_bf16"))
+    shard: bool = option(False, "each rank keeps the moments of its share of the parameters only (ZeRO); the result is the same")
     lr: float = option(2e-5, "peak learning rate", low=0)
     betas: list[float] = option([0.9, 0.999], "AdamW: decay of the first and second moment per step")
     eps: float = option(1e-8, "AdamW: added to the root of the second moment", low=0)
     weight_decay: float = option(0.0, "AdamW: decay of matrices; vectors are never decayed", low=0)
+    lora_plus: float = option(1.0, "LoRA+: learning rate of LoRA's B matrices as a multiple of lr; its paper takes 16", low=0)
     clip_norm: float = option(1.0, "largest gradient norm, longer ones are scaled down; 0 never clips", low=0)
     schedule: str = option("cosine", "learning rate after warm-up", ("constant", "linear", "cosine", "wsd"))
     warmup_ratio: float = option(0.0, "share of all steps spent warming up", low=0, high=1)
@@ -160,7 +164,7 @@ def options() -> dict[str, Any]:
 # Options that may differ between the launches of one run: they place, pace or show the work and leave its result alone.
 # What data and model paths hold is compared by content instead.
 HARDWARE = ("run.", "log.", "evaluate.", "checkpoint.", "export.", "data.cache", "data.train", "data.validation", "model.path", "lora.start",
-            "train.device", "train.micro_batch", "train.activation_checkpointing", "train.attention", "train.timeout_s")
+            "optim.shard", "train.device", "train.micro_batch", "train.activation_checkpointing", "train.attention", "train.timeout_s")
 
 
 def flat(recipe: Recipe) -> dict[str, Any]:
@@ -321,8 +325,17 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield "lora.start", f"got {recipe.lora.start}, expected a folder with adapter_config.json"
         yield from ((f"lora.{key}", "is decided by lora.start; leave it out") for key, value in vars(Lora()).items()
                     if key not in ("start", "dropout") and getattr(recipe.lora, key) != value)
-    if not recipe.lora.used and recipe.model.dtype != "fp32":
-        yield "model.dtype", f"got {recipe.model.dtype} without LoRA, expected fp32: trained weights are held in fp32 (train.precision sets the arithmetic)"
+    in_bf16 = recipe.optim.name == "adamw_bf16"
+    held = "bf16" if in_bf16 else "fp32"
+    if in_bf16 and recipe.lora.used:
+        yield "optim.name", "got adamw_bf16 with LoRA, expected adamw: adapters are small and held in fp32 (model.dtype=bf16 stores the base)"
+    elif not recipe.lora.used and recipe.model.dtype != held:
+        yield "model.dtype", (f"got {recipe.model.dtype} without LoRA, expected {held}: optim.name={recipe.optim.name} holds trained weights in {held} "
+                              "(train.precision sets the arithmetic)")
+    if in_bf16 and recipe.train.precision == "fp16":
+        yield "train.precision", "got fp16 with optim.name=adamw_bf16, expected bf16 or fp32: fp16 does not reach as far as bf16 weights and gradients"
+    if recipe.optim.lora_plus != 1 and not recipe.lora.used:
+        yield "optim.lora_plus", f"got {recipe.optim.lora_plus} without LoRA, expected 1"
     if len(recipe.optim.betas) != 2 or not all(0 <= beta < 1 for beta in recipe.optim.betas):
         yield "optim.betas", f"got {recipe.optim.betas}, expected two numbers from 0 up to 1"
     if recipe.optim.warmup_ratio and recipe.optim.warmup_steps is not None:

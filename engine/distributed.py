@@ -1,10 +1,12 @@
 """The process group: who this rank is, how ranks agree. The one file that imports torch.distributed or reads its variables."""
 
+import json
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -127,3 +129,34 @@ def gather_text(text: str, world: World) -> list[str]:
     parts = [torch.zeros_like(padded) for _ in range(world.size)]
     dist.all_gather(parts, padded)
     return [bytes(part[: int(length)].tolist()).decode("utf-8").strip("\0") for part, length in zip(parts, lengths, strict=True)]
+
+
+def shard(groups: list[dict[str, Any]], make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]) -> torch.optim.Optimizer:
+    """An optimizer of which each rank runs `make` for its share of the parameters and then sends them to the others.
+
+    Shares are of whole parameters and about equal (ZeRO stage 1: Rajbhandari et al. 2020). `optim` of what is returned is this
+    rank's own part. torch's way to bring the parts together would pickle; see `gather_tensors`.
+    """
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # takes a second to import, and few runs shard
+
+    return ZeroRedundancyOptimizer(groups, optimizer_class=make)
+
+
+def gather_tensors(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:
+    """All ranks' named tensors on rank 0, on the CPU; nothing on the others. One at a time crosses, as raw numbers.
+
+    Every rank calls it. No two ranks may hold the same name.
+    """
+    heads = gather_text(json.dumps({name: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in tensors.items()}), world)
+    if not world.is_first:
+        for tensor in tensors.values():
+            dist.send(tensor.to(world.device).contiguous(), dst=0)
+        return {}
+    found = {name: tensor.cpu() for name, tensor in tensors.items()}
+    for rank, head in enumerate(heads[1:], 1):
+        for name, (dtype, shape) in json.loads(head).items():
+            assert name not in found, f"{name} comes from rank {rank} and from one before it"
+            arriving = torch.empty(shape, dtype=getattr(torch, dtype), device=world.device)
+            dist.recv(arriving, src=rank)
+            found[name] = arriving.cpu()
+    return found

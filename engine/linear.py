@@ -1,7 +1,8 @@
-"""A linear layer whose weight may be stored in a narrower type than the arithmetic.
+"""Linear and embedding layers whose weight may be stored in a narrower type than the arithmetic.
 
-Frozen weights are often bf16 or fp16 on hardware that multiplies fp32 much faster. Such a weight is widened for the
-product and forgotten again: only the narrow copy stays in memory, also for the backward.
+Frozen weights are often bf16 or fp16, trained ones bf16 with optim.name=adamw_bf16, on hardware that multiplies fp32 much
+faster. Such a weight is widened for the product and forgotten again: only the narrow copy stays in memory, also for the
+backward. The gradient of a trained one is computed in the wide type and rounded once.
 """
 
 import torch
@@ -21,7 +22,7 @@ def widened(x: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`; without autocast, a frozen weight of another type than x is widened to x's type for the product."""
+    """`nn.Linear`; without autocast, a weight of another type than x is widened to x's type for the product."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x (T, in) -> (T, out)."""
@@ -34,11 +35,33 @@ class Linear(nn.Linear):
 class _Widened(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        assert not weight.requires_grad, "a trained weight is held in the type of the arithmetic"
-        ctx.save_for_backward(weight)
+        ctx.save_for_backward(weight, x if ctx.needs_input_grad[1] else None)
         return F.linear(x, weight.to(x.dtype))
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        (weight,) = ctx.saved_tensors
-        return grad @ weight.to(grad.dtype), None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        weight, x = ctx.saved_tensors
+        return grad @ weight.to(grad.dtype), None if x is None else (grad.T @ x).to(weight.dtype)
+
+
+class Embedding(nn.Embedding):
+    """`nn.Embedding`; on CPUs the gradient of a bf16 weight is summed in fp32: torch's there rounds after every token."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (T,) -> (T, D)."""
+        if self.weight.device.type == "cpu" and self.weight.dtype.itemsize < 4 and self.weight.requires_grad:
+            return _NarrowEmbedding.apply(ids, self.weight)
+        return super().forward(ids)
+
+
+class _NarrowEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, ids: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.shape, ctx.dtype = weight.shape, weight.dtype
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[None, Tensor]:
+        (ids,) = ctx.saved_tensors
+        return None, torch.zeros(ctx.shape, device=grad.device).index_add_(0, ids, grad.float()).to(ctx.dtype)

@@ -1,23 +1,48 @@
-"""AdamW with decay for matrices alone, the learning rate as a function of the step, and clipping."""
+"""AdamW with decay for matrices alone, whole or sharded, the learning rate as a function of the step, and clipping."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
+from engine import distributed
+from engine.adamw_bf16 import AdamWBF16
 from engine.config import Optim
+from engine.distributed import World
+from engine.dropout import mix
 
 
-def build(trained: list[nn.Parameter], cfg: Optim) -> torch.optim.AdamW:
-    """AdamW over the trained parameters (Loshchilov and Hutter 2019), fused where torch has it for their device.
+def build(trained: dict[str, nn.Parameter], cfg: Optim, seed: int, world: World) -> tuple[torch.optim.Optimizer, str]:
+    """AdamW over the trained parameters (Loshchilov and Hutter 2019), and which one it is and why.
 
-    Decay applies by rank of the tensor, not by name: matrices and embeddings decay, norms and biases do not.
+    Decay applies by rank of the tensor, not by name: matrices and embeddings decay, norms and biases do not. LoRA+ (Hayou et
+    al. 2024) gives LoRA's B matrices a learning rate of their own, `lora_plus` times that of the rest.
     """
-    groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": cfg.weight_decay},
-              {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
-    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in trained)
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=cfg.lr, betas=tuple(cfg.betas), eps=cfg.eps, fused=fused)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in trained.items():
+        decay, factor = cfg.weight_decay if parameter.dim() >= 2 else 0.0, cfg.lora_plus if name.endswith(".lora_B") else 1.0
+        groups.setdefault((decay, factor), []).append(parameter)
+    groups = [{"params": parameters, "weight_decay": decay, "factor": factor} for (decay, factor), parameters in groups.items()]
+    settings = {"lr": cfg.lr, "betas": tuple(cfg.betas), "eps": cfg.eps}
+    if cfg.name == "adamw_bf16":
+        make = functools.partial(AdamWBF16, keys={parameter: mix(seed, number) for number, parameter in enumerate(trained.values())}, **settings)
+        reason = "AdamW in bf16 with stochastic rounding, asked for, 8 bytes a parameter"
+    else:
+        fused = all(parameter.device.type in ("cpu", "cuda") for parameter in trained.values())
+        make = functools.partial(torch.optim.AdamW, fused=fused, foreach=not fused, **settings)
+        reason = f"AdamW, torch's {'fused kernel' if fused else 'foreach loop: it has no fused kernel'} for this device, fp32"
+    if not cfg.shard:
+        return make(groups), f"{reason}; every rank holds all moments"
+    if world.size == 1:
+        return make(groups), f"{reason}; not sharded, although asked for: there is one rank"
+    return distributed.shard(groups, make), f"{reason}; moments sharded over {world.size} ranks, asked for"
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["factor"]
 
 
 def warmup_steps(cfg: Optim, num_steps: int) -> int:
@@ -49,20 +74,34 @@ def unscale_and_clip(parameters: Iterable[nn.Parameter], scale: float, clip_norm
     The norm is the same on all ranks, bit for bit, because the gradients are; it is not finite where any rank overflowed.
     """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))) / scale
+    norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, dtype=torch.float32)))) / scale
     factor = 1 / scale * (min(1.0, clip_norm / (norm + 1e-6)) if clip_norm else 1.0)
     if math.isfinite(norm) and factor != 1.0:
         torch._foreach_mul_(grads, factor)
     return norm
 
 
-def state(optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The optimizer's tensors as `name.exp_avg`, `name.exp_avg_sq`, `name.step`."""
-    return {f"{name}.{slot}": value for name, parameter in trained.items() for slot, value in optimizer.state.get(parameter, {}).items()}
+def state(optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter], world: World) -> dict[str, Tensor]:
+    """The optimizer's tensors as `name.exp_avg`, `name.exp_avg_sq`, `name.step`: the same names sharded or not.
+
+    Of a sharded optimizer they are brought to rank 0, by all ranks together; the other ranks get none.
+    """
+    own = _own(optimizer)
+    tensors = {f"{name}.{slot}": value for name, parameter in trained.items() for slot, value in own.state.get(parameter, {}).items()}
+    return tensors if own is optimizer else distributed.gather_tensors(tensors, world)
 
 
 def load_state(optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
-    """Gives back what `state` took; a parameter without an entry had not been updated yet."""
+    """Gives back what `state` took, to each rank what it holds; a parameter without an entry had not been updated yet."""
+    own = _own(optimizer)
+    held = {parameter for group in own.param_groups for parameter in group["params"]}
     for key, value in tensors.items():
         name, _, slot = key.rpartition(".")
-        optimizer.state[trained[name]][slot] = value.to(trained[name].device)
+        parameter = trained[name]
+        if parameter in held:  # steps are counted on the CPU, but where the kernel is fused
+            own.state[parameter][slot] = value if slot == "step" and not own.defaults.get("fused") else value.to(parameter.device)
+
+
+def _own(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """This rank's part of a sharded optimizer; an optimizer that is not sharded as it is."""
+    return getattr(optimizer, "optim", optimizer)

@@ -1,7 +1,7 @@
 """Which type each number has, and the loss scale that keeps fp16 gradients from vanishing.
 
-Weights in training are fp32 whatever the arithmetic; frozen weights may be stored in bf16 or fp16. The arithmetic of
-matrix products is the recipe's `train.precision`, by autocast.
+Weights in training are fp32 whatever the arithmetic, or bf16 with optim.name=adamw_bf16; frozen weights may be stored in bf16
+or fp16. The arithmetic of matrix products is the recipe's `train.precision`, by autocast.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -33,7 +33,12 @@ class Precision:
 
 
 def choose(precision: str, frozen: torch.dtype | None, device: torch.device) -> Precision:
-    """The types for a run. `frozen` is the stored type of a frozen base, None where all weights are trained."""
+    """The types for a run. `frozen` is the stored type of a frozen base, None where all weights are trained.
+
+    Where all are trained the residual is fp32, whatever they are stored in: stochastic rounding keeps small updates of bf16
+    weights right in the mean, but a residual rounded to the nearest at every block, forward and backward, would lose them
+    before they reach a weight.
+    """
     if precision == "fp32":
         return Precision(device, None, torch.float32, "fp32 arithmetic, asked for")
     if precision == "bf16" and device.type == "cpu" and not _cpu_multiplies_bf16():

@@ -42,6 +42,7 @@ def equation(run: Path, cfg: Recipe, plan: Plan, rows: Dataset, num_steps: int, 
                  f"({100 * known['trained'] / known['parameters']:.2f} %): {kind}",
         "precision": known["precision"],
         "attention": known["attention"],
+        "optimizer": known["optimizer"],
         "rows": f"{rows.ledger['rows']:,} in {rows.path}{cut}{left_out}",
         "epoch": f"{plan.sequences_per_epoch:,} sequences of up to {plan.max_length:,} tokens, {int(rows.lengths.sum()):,} tokens, {targets:,} supervised"
                  + (f", filled to {100 * plan.fill:.1f} %" if cfg.data.packing else ""),

@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
         world = distributed.init(cfg.train.device, cfg.train.timeout_s)
         device, stop = world.device, StopRequest()
 
-        # ---- Model: trained weights are fp32, frozen ones as the recipe says ----------------------------------------
+        # ---- Model: trained weights are fp32 unless the optimizer takes bf16, frozen ones as the recipe says --------
         frozen = precision.DTYPES[cfg.model.dtype] if cfg.lora.used else None
         types = precision.choose(cfg.train.precision, frozen, device)
         attention, why_attention = choose_attention(cfg.train.attention, device, types.arithmetic)
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
         # ---- Optimizer and loss scale -------------------------------------------------------------------------------
-        optimizer = optim.build(list(trained.values()), cfg.optim)
+        optimizer, why_optimizer = optim.build(trained, cfg.optim, cfg.train.seed, world)
         scale = precision.LossScale(cfg.train.precision == "fp16", cfg.train.loss_scale, cfg.train.loss_scale_growth)
 
         # ---- Resume: data position, learning rate and dropout follow from the step, so they need no saving ----------
@@ -80,7 +80,8 @@ def main(argv: list[str]) -> int:
 
         # ---- What will happen, in words and as an equation ----------------------------------------------------------
         flops, (peak, peak_source) = metrics.Flops(model), metrics.peak_flops(device)
-        facts = report.facts(model, world, {"attention": f"{attention}: {why_attention}", "precision": types.reason, "peak": peak_source})
+        facts = report.facts(model, world, {"attention": f"{attention}: {why_attention}", "precision": types.reason, "optimizer": why_optimizer,
+                                            "peak": peak_source})
         log = metrics.Log(run, start, num_steps, cfg.log.every_steps, cfg.log.tensorboard, speaks=world.is_first)
         if world.is_first:
             rundir.describe(run, cfg, {**facts, **identity})
@@ -108,8 +109,7 @@ def main(argv: list[str]) -> int:
         for number in range(start, num_steps):
             watch.start()
             step, lr = plan.step(number), optim.learning_rate(number, num_steps, cfg.optim)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            optim.set_learning_rate(optimizer, lr)
             batches = loader.micro_batches(step, rows, world.rank, world.size, cfg.train.micro_batch, device)
             watch.lap("data")
 
@@ -153,10 +153,11 @@ def main(argv: list[str]) -> int:
             if leaving or due(cfg.checkpoint, done, step):
                 if judged and judged.loss < best["loss"]:
                     best = {"step": done, "loss": judged.loss}
+                moments = optim.state(optimizer, trained, world)  # sharded ones cross to rank 0, so every rank takes part
                 if world.is_first:
                     state = {"identity": identity, "scale": scale.state(), "best": best}
-                    checkpoint.save(run / "checkpoints", done, checkpoint.Snapshot(trained, optim.state(optimizer, trained), state),
-                                    cfg.checkpoint.keep, best["step"])
+                    checkpoint.save(run / "checkpoints", done, checkpoint.Snapshot(trained, moments, state), cfg.checkpoint.keep, best["step"])
+                del moments
             if asked and done < num_steps:
                 log.say(f"stopped as asked after step {done}, saved; the same command goes on from there")
                 log.close()

@@ -60,6 +60,9 @@ def test_all_mistakes_are_told_at_once_with_their_lines(tmp_path):
     (["data.train=nothing.jsonl"], "data.train got nothing.jsonl, expected a file that exists"), (["model.dtype=bf16"], "model.dtype got bf16 without LoRA"),
     (["optim.warmup_steps=3", "optim.warmup_ratio=0.1"], "optim.warmup_steps and optim.warmup_ratio are both given"),
     (["optim.betas=[0.9]"], "optim.betas got [0.9], expected two numbers"),
+    (["optim.name=adamw_bf16"], "model.dtype got fp32 without LoRA, expected bf16: optim.name=adamw_bf16 holds trained weights in bf16"),
+    (["optim.name=adamw_bf16", "model.dtype=bf16", "lora.rank=4"], "optim.name got adamw_bf16 with LoRA, expected adamw"),
+    (["optim.name=adamw_bf16", "model.dtype=bf16", "train.precision=fp16"], "train.precision got fp16 with optim.name=adamw_bf16, expected bf16 or fp32"),
     (["evaluate.exact_match_rows=5"], "evaluate.exact_match_rows needs data.validation"), (["run.name=../up"], "run.name got '../up'"),
 ])
 def test_options_that_contradict_each_other_are_named(recipe, overrides, words):

@@ -11,7 +11,7 @@ FLOORS = [
     {"errors", "tensorfile"},
     {"config", "arguments", "publish"},
     {"distributed", "dropout", "linear", "signals"},
-    {"precision", "loss", "cpu_attention"},
+    {"precision", "loss", "cpu_attention", "adamw_bf16"},
     {"attention"},
     {"models", "lora", "data"},
     {"metrics", "optim", "checkpoint", "sampling", "gguf_in", "adapter"},

@@ -6,8 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine import adapter, lora
+from engine import adapter, lora, optim
 from engine.attention import PackedAttention
+from engine.config import Optim
+from engine.distributed import World
 from engine.dropout import DropoutKeys
 from engine.errors import EngineError
 from engine.loss import summed_cross_entropy
@@ -15,6 +17,7 @@ from engine.models import weights
 
 peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
 
+create_loraplus_optimizer = pytest.importorskip("peft.optimizers").create_loraplus_optimizer
 CPU = torch.device("cpu")
 IDS = torch.arange(30)
 # options of ours -> those of peft.LoraConfig
@@ -167,6 +170,29 @@ def test_pissa_is_pefts_and_leaves_the_base_alone(base, rslora, tmp_path):
     assert difference(loaded(base, tmp_path), model) <= 1e-5
     lora.merge(model)
     assert difference(model, reference) <= 1e-5
+
+
+@pytest.mark.parametrize(("weight_decay", "rate"), [(0.0, 0.01), (0.1, 0.003)])
+def test_lora_plus_takes_pefts_steps(base, tmp_path, weight_decay, rate):
+    model = ours(base)
+    randomise(model)
+    adapter.save(model, tmp_path, str(base), 0.0)
+    reference = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), tmp_path, is_trainable=True)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer, _ = optim.build(trained, Optim(lr=0.5, weight_decay=weight_decay, lora_plus=8.0), 0, World(0, 1, 0, CPU))
+    other = create_loraplus_optimizer(reference, torch.optim.AdamW, lr=rate, loraplus_lr_ratio=8.0, weight_decay=weight_decay)
+    targets = IDS.roll(-1)[:-1]
+    for _ in range(3):
+        optim.set_learning_rate(optimizer, rate)
+        summed_cross_entropy(model(IDS, IDS, PackedAttention([30], CPU))[:-1], model.lm_head.weight, targets).backward()
+        torch.nn.functional.cross_entropy(logits(reference)[:-1], targets, reduction="sum").backward()
+        for one in (optimizer, other):
+            one.step()
+            one.zero_grad()
+    for name, module in lora.adapters(model).items():
+        twin = reference.base_model.model.get_submodule(name)
+        for part in ("lora_A", "lora_B"):
+            assert (getattr(module, part) - getattr(twin, part)["default"].weight).abs().max() <= 2e-5, f"{name}.{part}"
 
 
 @pytest.mark.parametrize("init", ["random", "pissa"])

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from engine import loss, precision, train
 from engine.errors import NUMERIC, EngineError
+from engine.linear import Embedding, Linear
 from engine.precision import LossScale
 
 FP16 = ("train.precision=fp16", "train.loss_scale=1024", "optim.schedule=linear", "train.epochs=2", "train.max_steps=5", "checkpoint.every_steps=1",
@@ -124,3 +125,22 @@ def test_bf16_autocast_follows_fp32(recipe, ranks, trained, tmp_path, monkeypatc
         assert low["train/loss"] == pytest.approx(exact["train/loss"], rel=2e-2)
     saved = load_file(tmp_path / "runs/bf16/checkpoints/step-000000004/model.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("make", [lambda: Linear(16, 24, bias=False), lambda: Embedding(7, 16)], ids=["linear", "embedding"])
+def test_the_gradient_of_a_narrow_trained_weight_is_that_of_its_wide_copy_rounded_once(make):
+    draw = torch.Generator().manual_seed(0)
+    wide = make()
+    narrow = make().bfloat16()
+    with torch.no_grad():
+        wide.weight.copy_(narrow.weight)
+    x = torch.randint(7, (3000,), generator=draw) if isinstance(wide, Embedding) else torch.randn(3000, 16, generator=draw)
+    grad = (torch.randn(3000, wide(x).shape[-1], generator=draw) + 0.3).bfloat16().float()  # sums kept in bf16 would stop growing
+    outs = []
+    for layer in (wide, narrow):
+        out = layer(x)
+        out.backward(grad.to(out.dtype))
+        outs.append(out.detach().float())
+    torch.testing.assert_close(*outs, rtol=1e-6, atol=1e-6)
+    assert narrow.weight.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(narrow.weight.grad.float(), wide.weight.grad, rtol=2**-8, atol=0)

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from engine.attention import KVCache
 from engine.dropout import DropoutKeys, KeyedDropout
-from engine.linear import Linear, arithmetic_dtype, widened
+from engine.linear import Embedding, Linear, arithmetic_dtype, widened
 from engine.models.config import ModelConfig, Rope
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, int | None], Tensor]
@@ -110,7 +110,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config, self.arithmetic, self.checkpoint_every = config, arithmetic, checkpoint_every
         self.model = nn.Module()
-        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.model.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.model.layers = nn.ModuleList(self.block(config, number, dropout, keys or DropoutKeys(0)) for number in range(config.num_hidden_layers))
         self.model.norm = self.norm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
