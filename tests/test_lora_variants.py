@@ -180,7 +180,7 @@ def test_lora_plus_takes_pefts_steps(base, tmp_path, weight_decay, rate):
     reference = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), tmp_path, is_trainable=True)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer, _ = optim.build(trained, Optim(lr=0.5, weight_decay=weight_decay, lora_plus=8.0), 0, World(0, 1, 0, CPU))
-    other = create_loraplus_optimizer(reference, torch.optim.AdamW, lr=rate, loraplus_lr_ratio=8.0, weight_decay=weight_decay)
+    other = create_loraplus_optimizer(reference, torch.optim.AdamW, lr=rate, loraplus_lr_ratio=8.0, loraplus_weight_decay=weight_decay)
     targets = IDS.roll(-1)[:-1]
     for _ in range(3):
         optim.set_learning_rate(optimizer, rate)
