@@ -52,7 +52,8 @@ def build(folder: Path, init: str, seed: int, dtype: torch.dtype, arithmetic: to
                               tied={"lm_head.weight"} if config.tie_word_embeddings else set())
     for name, tensor in tensors:
         owner = model.get_submodule(name.rpartition(".")[0])
-        owner._parameters[name.rpartition(".")[2]] = nn.Parameter(tensor.to(device=device, dtype=dtype))
+        # To the device as it is stored, then to its type: a conversion here would leave a hole in the host's memory each time.
+        owner._parameters[name.rpartition(".")[2]] = nn.Parameter(tensor.to(device).to(dtype))
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model
