@@ -171,7 +171,7 @@ def test_narrow_frozen_weights_under_fp32_arithmetic_equal_wide_ones(tiny, dtype
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
 
 
-def test_four_ranks_load_with_no_memory_of_their_own_beside_one_shard(tmp_path, ranks, monkeypatch):
+def test_four_ranks_load_with_no_memory_of_their_own_beside_one_shard(tiny, tmp_path, ranks, monkeypatch):
     """Of 192 MB in six shards, into fp32. `meta` stands for a GPU: what was read leaves the host. Pages of a mapped file are shared and
     the system's to take back; anonymous memory is a rank's own."""
     shard, width = 32, 1024
@@ -195,6 +195,7 @@ def test_four_ranks_load_with_no_memory_of_their_own_beside_one_shard(tmp_path, 
         return int(line.split()[1]) * 1024
 
     def load() -> int:
+        weights.build(tiny, "pretrained", 0, torch.bfloat16, torch.float32, torch.device("meta"))  # imports and the like
         read, peaks, before = weights.read_folder, {"RssAnon": 0, "RssFile": 0}, {kind: resident(kind) for kind in ("RssAnon", "RssFile")}
 
         def watched(*args, **kwargs):
