@@ -112,7 +112,7 @@ def load(model: nn.Module, folder: Path, dropout: float = 0.0, keys: DropoutKeys
         parameter.copy_(tensors[key])
     for name, matrix in values.items():
         lora.train_whole(model, name, matrix)
-        model.config = dataclasses.replace(model.config, vocab_size=len(matrix))
+        model.config = dataclasses.replace(model.config, vocab_size=len(matrix))  # more than the base's where tokens were added
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -3,6 +3,7 @@
 A folder is `config.json` with `model.safetensors`, or with shards and their `model.safetensors.index.json`.
 """
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from engine import tensorfile
 from engine.dropout import DropoutKeys, mix
 from engine.errors import CHECKPOINT, SECURITY, EngineError
+from engine.linear import widened
 from engine.models import FAMILIES
 
 INDEX = "model.safetensors.index.json"
@@ -66,6 +68,26 @@ def _random_tensors(model: nn.Module, std: float, seed: int) -> Iterator[tuple[s
             yield name, torch.full(tensor.shape, getattr(model.get_submodule(name.rpartition(".")[0]), "neutral", 0.0))
         else:
             yield name, torch.empty(tensor.shape).normal_(0, std, generator=torch.Generator().manual_seed(mix(seed, number) >> 1))
+
+
+@torch.no_grad()
+def add_rows(model: nn.Module, first: int, last: int) -> None:
+    """Makes room for the ids first … last - 1 of tokens that were added: their rows of embedding and head are the mean of the
+    rows before them, so that a new token starts as likely, and as near to others, as tokens are on average.
+
+    Rows that a model has beyond its tokenizer's ids are used before new ones are made.
+    """
+    embedding, head = model.model.embed_tokens, model.lm_head
+    tied = head.weight is embedding.weight
+    for layer in (embedding,) if tied else (embedding, head):
+        old = layer.weight
+        new = torch.cat((old, old.new_empty(max(0, last - len(old)), old.shape[1])))
+        new[first:last] = widened(old[:first]).mean(0).to(old.dtype)
+        layer.weight = nn.Parameter(new, requires_grad=old.requires_grad)
+    if tied:
+        head.weight = embedding.weight
+    embedding.num_embeddings = head.out_features = len(embedding.weight)
+    model.config = dataclasses.replace(model.config, vocab_size=len(embedding.weight))
 
 
 def read_folder(folder: Path, expected: dict[str, torch.Size], tied: set[str]) -> Iterator[tuple[str, Tensor]]:
