@@ -25,7 +25,8 @@ COMPARED = 1000  # characters of a row's instruction, input and output
 def own_template(folder: Path) -> str | None:
     """chat_template.jinja or, before there was such a file, chat_template in tokenizer_config.json; of several, the default."""
     if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
+        with (folder / "chat_template.jinja").open(encoding="utf-8", errors="replace") as file:
+            return file.read(SIZE + 1)
     found = read_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(found, list):
         found = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}.get("default")
@@ -43,13 +44,13 @@ def render(template: str, conversations: list[dict[str, Any]], names: dict[str, 
         EngineError: with SECURITY for a template that goes beyond its limits or out of its sandbox.
     """
     if len(template) > SIZE:
-        raise _refused(f"it has {len(template)} characters")
+        raise _refused(f"it has over {SIZE} characters")
     request = {"path": [path for path in sys.path if path], "template": template, "names": names or {}, "conversations": conversations}
     # -I and -S: nothing of the user's or the folder's is imported on the way; sys.path is handed over instead
     command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("sandbox.py"))]
     try:
         done = subprocess.run(command, input=json.dumps(request), capture_output=True, encoding="utf-8", timeout=WALL_S)
-        answer = json.loads(done.stdout) if done.returncode == 0 else {"refused": f"its process ended with {done.returncode}"}
+        answer = json.loads(done.stdout) if done.returncode == 0 else {"refused": f"it took too much time or memory (its process ended with {done.returncode})"}
     except subprocess.TimeoutExpired:
         raise _refused(f"it was not done within {WALL_S:.0f} s") from None
     except (OSError, ValueError) as error:

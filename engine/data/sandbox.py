@@ -11,7 +11,7 @@ import resource
 import sys
 
 MEMORY = 512 << 20  # bytes of address space
-CPU_S = 2
+CPU_S = 1
 TEXT = 1 << 17  # characters of a rendered conversation
 
 

@@ -72,7 +72,10 @@ class SentencePiece:
         return self.model.encode(text)
 
     def encode_all(self, texts: Sequence[str], spaced: bool = True) -> list[list[int]]:
-        return (self.model if spaced else self.unspaced).encode(list(texts))
+        if spaced:
+            return self.model.encode(list(texts))
+        # A text's own first space is put there by the model, as some models drop those that are written.
+        return [self.model.encode(text[1:]) if text.startswith(" ") else self.unspaced.encode(text) for text in texts]
 
     def encode_rendered(self, text: str) -> list[int]:
         ids: list[int] = []
@@ -98,7 +101,8 @@ class SentencePiece:
         return self.model.decode([int(number) for number in ids if number < self.size])  # embeddings may have more rows than there are pieces
 
     def show(self, ids: Sequence[int]) -> str:
-        return "".join(map(self.name, ids)).replace("▁", " ")
+        text = "".join(map(self.name, ids)).replace("▁", " ")
+        return re.sub("(<0x[0-9A-F]{2}>)+", lambda found: bytes.fromhex(found[0].replace("<0x", "").replace(">", "")).decode(errors="replace"), text)
 
 
 class JsonTokenizer:
