@@ -117,7 +117,7 @@ def ids_of_own_template(jinja: str, folder: Path, tokenizer, messages: list[dict
     hidden: list[str] = []
     stand_in = lambda found: (hidden.append(found[0]), chr(0xE000 + len(hidden) - 1))[1]  # noqa: E731
     messages = [{"role": one["role"], "content": names.sub(stand_in, one["content"])} for one in messages]
-    text = fast.apply_chat_template(messages, chat_template=jinja, tokenize=False, strftime_now=lambda form: "26 Jul 2024", **more)
+    text = fast.apply_chat_template(messages, chat_template=jinja, tokenize=False, date_string="26 Jul 2024", **more)
     ids = []
     for number, chunk in enumerate(re.split(f"({names.pattern})", text)):
         whole = re.sub("[\ue000-\ue0ff]", lambda found: hidden[ord(found[0]) - 0xE000], chunk)
