@@ -75,7 +75,7 @@ class SentencePiece:
         if spaced:
             return self.model.encode(list(texts))
         # A text's own first space is put there by the model, as some models drop those that are written.
-        return [self.model.encode(text[1:]) if text.startswith(" ") else self.unspaced.encode(text) for text in texts]
+        return [self.model.encode(text[1:]) if len(text) > 1 and text[0] == " " else self.unspaced.encode(text) for text in texts]
 
     def encode_rendered(self, text: str) -> list[int]:
         ids: list[int] = []
