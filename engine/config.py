@@ -46,7 +46,9 @@ class Model:
 class Data:
     train: str = option("", "JSONL file of training rows: instruction, input, output")
     validation: str | None = option(None, "JSONL file of held-out rows of the same form; none: no evaluation")
-    template: str = option("alpaca", "how a row becomes a prompt", ("alpaca", "chatml", "plain"))
+    template: str = option("alpaca", "how a row becomes a prompt",
+                           ("alpaca", "chatml", "llama2", "llama3", "llama3.1", "mistral", "plain", "qwen"))
+    system: str | None = option(None, "system prompt of every row, for chat templates: all but alpaca and plain")
     max_length: int = option(2048, "tokens in a sequence, template and end-of-sequence included", low=2)
     too_long: str = option("error", "a row over max_length", ("error", "truncate", "drop"))
     packing: bool = option(True, "fill sequences with several rows; attention never crosses rows")
@@ -314,6 +316,8 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for key, path in (("data.train", recipe.data.train), ("data.validation", recipe.data.validation)):
         if path and not Path(path).is_file():
             yield key, f"got {path}, expected a file that exists"
+    if recipe.data.system is not None and recipe.data.template in ("alpaca", "plain"):
+        yield "data.system", f"is given, but data.template={recipe.data.template} has no place for a system prompt; remove it or take a chat template"
     if recipe.train.micro_batch > recipe.train.global_batch:
         yield "train.micro_batch", f"got {recipe.train.micro_batch}, expected at most train.global_batch = {recipe.train.global_batch}"
     if recipe.lora.rank and not recipe.lora.targets:

@@ -20,7 +20,7 @@ from engine.data.dataset import Dataset
 from engine.data.formats import Row, read_rows
 from engine.data.loader import collate
 from engine.data.plan import pack
-from engine.data.tokenizer import Tokenizer, prompt_ids
+from engine.data.tokenizer import Tokenizer, prompt_ids, stops
 from engine.distributed import World
 from engine.loss import summed_cross_entropy
 from engine.precision import Precision
@@ -103,9 +103,9 @@ class Evaluation:
         answers: dict[int, str] = {}
         for start in self._progress(range(0, len(mine), ROWS_AT_ONCE), "answering"):
             numbers = mine[start : start + ROWS_AT_ONCE]
-            prompts = [prompt_ids(self.rows[number], self.data.template, self.tokenizer) for number in numbers]
+            prompts = [prompt_ids(self.rows[number], self.data.template, self.tokenizer, self.data.system) for number in numbers]
             with self.precision.context():
-                generated = generate(model, prompts, self.tokenizer.eos, self.cfg.max_new_tokens)
+                generated = generate(model, prompts, stops(self.data.template, self.tokenizer), self.cfg.max_new_tokens)
             answers.update({number: self.tokenizer.decode(ids) for number, ids in zip(numbers, generated, strict=True)})
         for part in distributed.gather_text(json.dumps(answers), self.world):
             answers.update({int(number): answer for number, answer in json.loads(part).items()})

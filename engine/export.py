@@ -3,8 +3,8 @@
     export/adapter/   PEFT layout          export/model/   Hugging Face layout, adapters merged          export/model.gguf
 
 Every one is written under a temporary name, read back from disk, and compared with the model in memory: logits on rows,
-token by token. Only then does it get its name. Folders hold the tokenizer and engine.json, which names the template, so
-that engine.generate asks as training did, and which reports the comparison.
+token by token. Only then does it get its name. Folders hold the tokenizer and engine.json, which names template and system
+prompt, so that engine.generate asks as training did, and which reports the comparison.
 """
 
 import json
@@ -21,7 +21,7 @@ from engine import adapter, gguf_in, gguf_out, lora
 from engine.attention import PackedAttention
 from engine.config import Recipe
 from engine.data.dataset import Dataset
-from engine.data.tokenizer import copy_tokenizer
+from engine.data.tokenizer import copy_tokenizer, end_of, load_tokenizer, read_json, stops
 from engine.errors import CHECKPOINT, EngineError
 from engine.models import weights
 from engine.precision import DTYPES, Precision
@@ -85,7 +85,8 @@ class Exporter:
                                   f"token, expected at most export.max_kl = {self.cfg.export.max_kl}, largest logit difference {found.max_abs_logit:.2e}; "
                                   "nothing of it was kept. Is the disk sound?", CHECKPOINT)
             if building.is_dir():
-                note = {"template": self.cfg.data.template, "max_length": self.cfg.data.max_length, "agreement_with_training": asdict(found)}
+                data = self.cfg.data
+                note = {"template": data.template, "system": data.system, "max_length": data.max_length, "agreement_with_training": asdict(found)}
                 (building / NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
         return found
 
@@ -129,9 +130,11 @@ class Exporter:
         config = weights.read_config(self.source)
         weights.write_folder(folder, config, self._tensors())
         copy_tokenizer(self.source, folder)
-        if not (folder / "generation_config.json").exists():  # where others look for the end of an answer
-            ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
-            (folder / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
+        path, tokenizer, template = folder / "generation_config.json", load_tokenizer(self.source), self.cfg.data.template
+        settings = read_json(path) or {key: config[key] for key in ("bos_token_id", "pad_token_id") if key in config}
+        end = end_of(template, tokenizer)  # others look here for what ends an answer
+        settings["eos_token_id"] = [end, *sorted(more)] if (more := stops(template, tokenizer) - {end}) else end
+        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     def _read_model(self, folder: Path) -> nn.Module:
         return self._build(folder, DTYPES[self.cfg.export.dtype])
@@ -168,13 +171,13 @@ KINDS = {"adapter": (Exporter._write_adapter, Exporter._read_adapter), "model": 
          "gguf": (Exporter._write_gguf, Exporter._read_gguf)}
 
 
-def template_of(folder: Path) -> str | None:
-    """The template that a model or adapter was trained with, if the folder says."""
+def template_of(folder: Path) -> tuple[str | None, str | None]:
+    """The template and the system prompt that a model or adapter was trained with, if the folder says."""
     try:
         note: dict[str, Any] = json.loads((folder / NOTE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    return note.get("template")
+        return None, None
+    return note.get("template"), note.get("system")
 
 
 def load_for_inference(model: Path, adapter_folder: Path | None, dtype: torch.dtype, device: torch.device) -> nn.Module:

@@ -37,6 +37,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=between(int, 0, 2**63 - 1), default=0, metavar="N", help="of the draws [0]")
     parser.add_argument("--max-new-tokens", type=between(int, 1), default=256, metavar="N", help="longest answer [256]")
     parser.add_argument("--template", choices=TEMPLATES, help="how a row becomes a prompt [what the folder says, else alpaca]")
+    parser.add_argument("--system", metavar="TEXT", help="system prompt [what the folder says for its template, else none]")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="type of weights and arithmetic [CPU: fp32, CUDA: bf16]")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes CUDA where it is [auto]")
     args = parser.parse_args(argv)
@@ -110,7 +111,7 @@ class Answerer:
     def __init__(self, args: argparse.Namespace) -> None:
         import torch
 
-        from engine.data.tokenizer import load_tokenizer
+        from engine.data.tokenizer import load_tokenizer, stops
         from engine.export import load_for_inference, template_of
         from engine.precision import DTYPES
 
@@ -118,17 +119,20 @@ class Answerer:
         if args.device == "cuda" and not on_cuda:
             raise EngineError("ENVIRONMENT-CUDA", "--device cuda, but torch sees no CUDA device; leave it out", ENVIRONMENT)
         base, folder = args.model or base_of(args.adapter), args.adapter or args.model
-        noted, dtype = template_of(folder), args.dtype or ("bf16" if on_cuda else "fp32")
+        (noted, system), dtype = template_of(folder), args.dtype or ("bf16" if on_cuda else "fp32")
         self.template = args.template or noted or "alpaca"
         why = "asked for" if args.template else f"{folder} says so" if noted else f"{folder} names none"
         if self.template not in TEMPLATES:
             raise EngineError("GENERATE-TEMPLATE", f"{folder}: names the template {noted!r}, expected one of {', '.join(TEMPLATES)}")
+        self.system = args.system if args.system is not None else system if self.template == noted else None
         self.tokenizer = load_tokenizer(base)
+        self.stops = stops(self.template, self.tokenizer)
         self.model = load_for_inference(base, args.adapter, DTYPES[dtype], torch.device("cuda" if on_cuda else "cpu"))
         if self.tokenizer.size > self.model.config.vocab_size:
             raise EngineError("GENERATE-VOCABULARY", f"{base}: the tokenizer has {self.tokenizer.size} ids, the model {self.model.config.vocab_size}")
         self.args, self.calls, self.tokens, self.seconds = args, 0, 0, 0.0
         draws = f"temperature {args.temperature}, top-p {args.top_p}, seed {args.seed}" if args.temperature else "greedy"
+        why += ", with a system prompt" if self.system is not None else ""
         print(f"{folder}: template {self.template} ({why}), {dtype} on {'cuda' if on_cuda else 'cpu'}, {draws}", file=sys.stderr)
 
     def prompt(self, row: Row, where: str = "") -> list[int]:
@@ -139,7 +143,7 @@ class Answerer:
             f"{row.instruction}{row.input}".encode()
         except UnicodeEncodeError as error:  # of the command line or the terminal; a file's rows were looked at
             raise EngineError("GENERATE-TEXT", f"{where}the prompt holds half a character ({error}); expected UTF-8") from error
-        ids, limit = prompt_ids(row, self.template, self.tokenizer), self.model.config.max_position_embeddings
+        ids, limit = prompt_ids(row, self.template, self.tokenizer, self.system), self.model.config.max_position_embeddings
         if not 0 < len(ids) < limit:
             raise EngineError("GENERATE-LENGTH", f"{where}the prompt has {len(ids)} tokens, expected 1 to {limit - 1}: prompt and answer "
                               f"share the model's {limit} positions")
@@ -151,7 +155,7 @@ class Answerer:
 
         sampling = Sampling(self.args.temperature, self.args.top_p, self.args.seed + self.calls)
         began = time.perf_counter()
-        answers = generate(self.model, prompts, self.tokenizer.eos, self.args.max_new_tokens, sampling, on_token)
+        answers = generate(self.model, prompts, self.stops, self.args.max_new_tokens, sampling, on_token)
         self.seconds += time.perf_counter() - began
         self.tokens, self.calls = self.tokens + sum(map(len, answers)), self.calls + 1
         return answers

@@ -1,6 +1,6 @@
 """Generation with a KV cache: prompts laid end to end, then one token a row and pass until every row has ended."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,12 +17,13 @@ class Sampling:
 
 
 @torch.no_grad()
-def generate(model: nn.Module, prompts: Sequence[Sequence[int]], eos: int, max_new_tokens: int, sampling: Sampling = Sampling(),
+def generate(model: nn.Module, prompts: Sequence[Sequence[int]], stops: Collection[int], max_new_tokens: int, sampling: Sampling = Sampling(),
              on_token: Callable[[int, int], None] | None = None) -> list[list[int]]:
-    """The answer of each prompt, as ids without the end-of-sequence.
+    """The answer of each prompt, as ids without the token it ended with.
 
     Args:
         model: in evaluation mode; prompt and answer together must fit its positions, so long answers stop there.
+        stops: tokens that end an answer.
         max_new_tokens: at most this many for each prompt.
         on_token: called with (row, id) for each token as it comes.
     """
@@ -41,7 +42,7 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], eos: int, max_n
         chosen = _choose(model.lm_head(hidden), sampling, generator)
         going = []
         for place, (row, token) in enumerate(zip(alive, chosen.tolist(), strict=True)):
-            if token == eos:
+            if token in stops:
                 continue
             answers[row].append(token)
             if on_token:

@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     from engine import adapter, checkpoint, distributed, export, lora, metrics, optim, precision, report, rundir
     from engine.attention import PackedAttention
     from engine.attention import choose as choose_attention
-    from engine.data import dataset, loader
+    from engine.data import chat_template, dataset, loader
     from engine.data.plan import Plan
     from engine.data.tokenizer import load_tokenizer
     from engine.dropout import DropoutKeys
@@ -40,6 +40,8 @@ def main(argv: list[str]) -> int:
         tokenizer, family = load_tokenizer(source), weights.read_config(source)
         rows, held_out = dataset.load_both(cfg.data, tokenizer)
         dataset.check_fit(rows, tokenizer, family, cfg.data.max_length)
+        if rank == 0:
+            chat_template.check(source, cfg.data, tokenizer)
         plan = Plan(rows.lengths, rows.targets_per_row(), cfg.data.max_length, cfg.train.global_batch, cfg.data.packing,
                     cfg.data.shuffle, cfg.train.seed, cfg.train.epochs)
         num_steps = min(plan.num_steps, cfg.train.max_steps or plan.num_steps)

@@ -21,7 +21,7 @@ from engine.config import Lora
 from engine.data.dataset import load_dataset
 from engine.data.formats import Row
 from engine.data.template import TEMPLATES
-from engine.data.tokenizer import load_tokenizer, prompt_ids
+from engine.data.tokenizer import end_of, load_tokenizer, prompt_ids, stops
 from engine.dropout import DropoutKeys
 from engine.errors import ENVIRONMENT, USER, EngineError
 from engine.export import load_for_inference
@@ -29,13 +29,14 @@ from engine.sampling import Sampling, _choose, generate
 
 CPU = torch.device("cpu")
 PROMPTS = [[5, 9, 200, 31], [7], list(range(40, 75)), [300, 3, 3, 8, 90, 14], [11] * 20]
-NEVER = -1
+NEVER = ()
+CONTROL = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "[INST]", "[/INST]"]
 TEXTS = ["你好，世界！今天是2024年。", "🙂🤖 emoji 👩‍👩‍👧 done", " two  spaces\n\n  lines", "plain words, one two three", "é ß ½"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A random Llama that transformers wrote, with a sentencepiece tokenizer that has ChatML's control tokens."""
+    """A random Llama that transformers wrote, with a sentencepiece tokenizer that has the control tokens of every template."""
     folder = tmp_path_factory.mktemp("generate") / "model"
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=400, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
@@ -43,8 +44,8 @@ def folder(tmp_path_factory) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     text = folder.parent / "text.txt"
     text.write_text("\n".join(" ".join(row.values()) for row in ragged_rows(300)) + "\n### Instruction:\n### Input:\n### Response:\nuser assistant\n" * 20)
-    sentencepiece.SentencePieceTrainer.train(input=str(text), model_prefix=str(folder / "tokenizer"), vocab_size=380, byte_fallback=True, model_type="bpe",
-                                             control_symbols=["<|im_start|>", "<|im_end|>"], minloglevel=2, num_threads=1)
+    sentencepiece.SentencePieceTrainer.train(input=str(text), model_prefix=str(folder / "tokenizer"), vocab_size=385, byte_fallback=True, model_type="bpe",
+                                             control_symbols=CONTROL, minloglevel=2, num_threads=1)
     return folder
 
 
@@ -80,9 +81,9 @@ def test_rows_end_at_their_own_end_of_sequence(model):
     eos = next(token for token in whole[2][10:] if sum(token in answer for answer in whole) >= 2)  # ends some rows early, others never
     ended = [answer[: answer.index(eos)] if eos in answer else answer for answer in whole]
     assert len({len(answer) for answer in ended}) > 1
-    assert generate(model, PROMPTS, eos, 64) == ended
+    assert generate(model, PROMPTS, {eos}, 64) == ended
     first = whole[1][0]
-    assert generate(model, [PROMPTS[1]], first, 64) == [[]]
+    assert generate(model, [PROMPTS[1]], {first}, 64) == [[]]
 
 
 def test_answers_stop_at_the_last_position(model):
@@ -120,7 +121,7 @@ def test_tokens_are_told_step_by_step(model):
     assert told == [(row, answers[row][step]) for step in range(8) for row in range(len(PROMPTS))]
     # with an end in between, each row's tokens are still its answer's
     eos, told[:] = answers[3][4], []
-    ended = generate(model, PROMPTS, eos, 8, on_token=lambda row, token: told.append((row, token)))
+    ended = generate(model, PROMPTS, {eos}, 8, on_token=lambda row, token: told.append((row, token)))
     assert ended == [[token for row, token in told if row == number] for number in range(len(PROMPTS))] != answers
 
 
@@ -157,13 +158,13 @@ def test_prompts_are_what_stands_before_the_answer_in_training(template, folder,
         tokens, supervised = dataset.tokens[part].tolist(), dataset.supervised[part]
         prompt = tokens[: int(supervised.argmax())]
         assert prompt_ids(Row(1, **row), template, tokenizer) == prompt
-        assert tokens[-1] == tokenizer.eos and supervised[len(prompt) :].all()
+        assert tokens[-1] == end_of(template, tokenizer) and supervised[len(prompt) :].all()
 
 
 def answer_of(model, folder: Path, instruction: str, about: str = "", template: str = "alpaca", count: int = 12, **settings) -> str:
     tokenizer = load_tokenizer(folder)
     prompt = prompt_ids(Row(0, instruction, about, ""), template, tokenizer)
-    return tokenizer.decode(generate(model, [prompt], tokenizer.eos, count, Sampling(**settings))[0])
+    return tokenizer.decode(generate(model, [prompt], stops(template, tokenizer), count, Sampling(**settings))[0])
 
 
 def test_one_prompt(folder, model, capsys):

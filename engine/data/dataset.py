@@ -21,10 +21,10 @@ from tqdm import tqdm
 from engine.config import Data
 from engine.data.formats import Row, read_rows
 from engine.data.template import TEMPLATES
-from engine.data.tokenizer import Tokenizer, join
+from engine.data.tokenizer import Tokenizer, end_of, tokenise
 from engine.errors import ENVIRONMENT, EngineError
 
-VERSION = 1  # of the arrays' meaning; a change makes old caches strangers
+VERSION = 2  # of the arrays' meaning; a change makes old caches strangers
 BATCH = 1024  # rows tokenised in one call
 
 
@@ -53,7 +53,7 @@ class Dataset:
         return counts[self.offsets[1:]] - counts[self.offsets[:-1]]
 
 
-def load_dataset(path: Path, tokenizer: Tokenizer, template: str, max_length: int, too_long: str, cache: Path) -> Dataset:
+def load_dataset(path: Path, tokenizer: Tokenizer, template: str, max_length: int, too_long: str, cache: Path, system: str | None = None) -> Dataset:
     """The dataset of a JSONL file, from the cache where it is there. One process of a node builds it, the others wait.
 
     Args:
@@ -64,7 +64,7 @@ def load_dataset(path: Path, tokenizer: Tokenizer, template: str, max_length: in
         while block := file.read(1 << 20):
             content.update(block)
     key = {"version": VERSION, "content": content.hexdigest(), "tokenizer": tokenizer.digest, "template": template,
-           "max_length": max_length, "too_long": too_long}
+           "system": system, "max_length": max_length, "too_long": too_long}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     folder = cache / digest[:24]
     try:
@@ -72,21 +72,21 @@ def load_dataset(path: Path, tokenizer: Tokenizer, template: str, max_length: in
         with (cache / f"{folder.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not folder.is_dir():
-                _build(folder, path, tokenizer, template, max_length, too_long)
+                _build(folder, path, tokenizer, template, max_length, too_long, system)
     except OSError as error:
         raise EngineError("ENVIRONMENT-CACHE", f"{cache}: cannot be written: {error}; set data.cache", ENVIRONMENT) from error
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("tokens", "supervised", "offsets", "lines")}
     return Dataset(path, **arrays, ledger=json.loads((folder / "ledger.json").read_text(encoding="utf-8")), digest=digest)
 
 
-def _build(folder: Path, path: Path, tokenizer: Tokenizer, template: str, max_length: int, too_long: str) -> None:
+def _build(folder: Path, path: Path, tokenizer: Tokenizer, template: str, max_length: int, too_long: str, system: str | None) -> None:
     tokens, supervised, offsets, lines = [], [], [0], []
     ledger: dict[str, Any] = {"file": path.name, "rows": 0, "kept": 0, "truncated": 0, "dropped": 0, "rejected": []}
     rows = list(tqdm(read_rows(path), desc=f"reading {path.name}", unit=" rows", disable=not sys.stderr.isatty(), leave=False))
     progress = tqdm(total=len(rows), desc=f"tokenising {path.name}", unit=" rows", disable=not sys.stderr.isatty(), leave=False)
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]
-        for row, (ids, mask) in zip(batch, _tokenise(batch, tokenizer, template), strict=True):
+        for row, (ids, mask) in zip(batch, _tokenise(batch, tokenizer, template, system), strict=True):
             ledger["rows"] += 1
             reason, cut = None, len(ids) > max_length
             if cut and too_long == "error":
@@ -123,26 +123,25 @@ def _build(folder: Path, path: Path, tokenizer: Tokenizer, template: str, max_le
     os.rename(building, folder)
 
 
-def _tokenise(rows: list[Row], tokenizer: Tokenizer, template: str) -> list[tuple[list[int], list[bool]]]:
-    """Ids and mask of each row, end-of-sequence included and supervised; all texts of the batch in one call."""
-    segments = [TEMPLATES[template](row) for row in rows]
-    texts = iter(tokenizer.encode_all([segment.text for row in segments for segment in row if not segment.special]))
-    pairs = (join(row, texts, tokenizer) for row in segments)
-    return [(ids + [tokenizer.eos], mask + [True]) for ids, mask in pairs]
+def _tokenise(rows: list[Row], tokenizer: Tokenizer, template: str, system: str | None) -> list[tuple[list[int], list[bool]]]:
+    """Ids and mask of each row, the token that ends the answer included and supervised."""
+    write, end = TEMPLATES[template], end_of(template, tokenizer)
+    return [(ids + [end], mask + [True]) for ids, mask in tokenise([write(row, system) for row in rows], write.chat, tokenizer)]
 
 
 def load_both(cfg: Data, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | None]:
     """Training rows, and validation rows where the recipe names them."""
-    return tuple(load_dataset(Path(path), tokenizer, cfg.template, cfg.max_length, cfg.too_long, Path(cfg.cache)) if path else None
+    return tuple(load_dataset(Path(path), tokenizer, cfg.template, cfg.max_length, cfg.too_long, Path(cfg.cache), cfg.system) if path else None
                  for path in (cfg.train, cfg.validation))
 
 
 def check_fit(dataset: Dataset, tokenizer: Tokenizer, model: dict[str, Any], max_length: int) -> None:
     """Raises EngineError where data or tokenizer go beyond a model, given its config.json: ids past the embedding, lengths
     past the positions."""
-    if tokenizer.size > model["vocab_size"] or int(dataset.tokens.max()) >= model["vocab_size"]:
-        raise EngineError("DATA-VOCABULARY", f"the tokenizer has {tokenizer.size} ids, the model's vocab_size is {model['vocab_size']}; "
-                          "use the tokenizer that belongs to the model")
+    highest = int(dataset.tokens.max())
+    if tokenizer.size > model["vocab_size"] or highest >= model["vocab_size"]:
+        raise EngineError("DATA-VOCABULARY", f"the tokenizer has {tokenizer.size} ids, the model's vocab_size is {model['vocab_size']}, the data's "
+                          f"highest id {highest}; use the tokenizer that belongs to the model")
     positions = model.get("max_position_embeddings", 2048)
     if max_length > positions:
         raise EngineError("DATA-POSITIONS", f"data.max_length is {max_length}, the model has {positions} positions (max_position_embeddings); lower it")

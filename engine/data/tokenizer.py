@@ -5,6 +5,7 @@ Text is never searched for control tokens: a row that contains "</s>" gets the t
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,42 +16,54 @@ from engine.data.template import TEMPLATES, Segment
 from engine.errors import ENVIRONMENT, EngineError
 
 # What besides the vocabulary a folder may hold that other tools need to use it.
-COMPANIONS = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+COMPANIONS = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 class Tokenizer(Protocol):
     size: int  # ids lie below it
     prefix: list[int]  # begins every sequence: [bos], or nothing
     eos: int
+    ends: frozenset[int]  # eos, and what generation_config.json lists beside it
     digest: str  # SHA-256 of the files that decide ids
+    spaced: frozenset[str]  # the places, see `_places`, where it takes text for a word's beginning and may put a space in front
 
     def encode(self, text: str) -> list[int]: ...
-    def encode_all(self, texts: Sequence[str]) -> list[list[int]]: ...
+    def encode_all(self, texts: Sequence[str], spaced: bool = True) -> list[list[int]]: ...  # not spaced: no space is put in front
+    def encode_rendered(self, text: str) -> list[int]: ...  # names of control tokens are these tokens, as in a chat template's text
     def special(self, name: str) -> int: ...
+    def specials(self) -> list[str]: ...
+    def name(self, number: int) -> str: ...
     def decode(self, ids: Sequence[int]) -> str: ...
+    def show(self, ids: Sequence[int]) -> str: ...  # with control tokens
 
 
 def load_tokenizer(folder: Path) -> "Tokenizer":
-    settings = _read_json(folder / "tokenizer_config.json")
+    settings, generation = read_json(folder / "tokenizer_config.json"), read_json(folder / "generation_config.json")
     if (folder / "tokenizer.json").is_file():
-        return JsonTokenizer(folder, settings, _read_json(folder / "generation_config.json"), _read_json(folder / "config.json"))
+        return JsonTokenizer(folder, settings, generation, read_json(folder / "config.json"))
     if (folder / "tokenizer.model").is_file():
-        return SentencePiece(folder, settings)
+        return SentencePiece(folder, settings, generation)
     raise EngineError("TOKENIZER-FILE", f"{folder}: has neither tokenizer.model nor tokenizer.json")
 
 
 class SentencePiece:
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+    spaced = frozenset({"alone", "begin"})  # as Llama's and Mistral's own code has it: within a chat a template writes its spaces itself
+
+    def __init__(self, folder: Path, settings: dict[str, Any], generation: dict[str, Any]) -> None:
         from sentencepiece import SentencePieceProcessor
 
         path = folder / "tokenizer.model"
         try:
-            self.model = SentencePieceProcessor(model_file=str(path))
+            model = path.read_bytes()
+            self.model = SentencePieceProcessor(model_proto=model)
+            # Fields that are given twice count as the last says: normalizer_spec { add_dummy_prefix: false }
+            self.unspaced = SentencePieceProcessor(model_proto=model + b"\x1a\x02\x18\x00")
         except (RuntimeError, OSError) as error:
             raise EngineError("TOKENIZER-FILE", f"{path}: cannot be read as a sentencepiece model: {error}") from error
         self.size, self.eos = self.model.get_piece_size(), self.model.eos_id()
         if self.eos < 0:
             raise EngineError("TOKENIZER-EOS", f"{path}: has no end-of-sequence piece; answers could never end")
+        self.ends = frozenset({self.eos, *_listed_ends(generation, folder)})
         begins = settings.get("add_bos_token", True) and self.model.bos_id() >= 0
         self.prefix = [self.model.bos_id()] if begins else []
         self.digest = _digest([path], {"add_bos_token": begins})
@@ -58,17 +71,38 @@ class SentencePiece:
     def encode(self, text: str) -> list[int]:
         return self.model.encode(text)
 
-    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.model.encode(list(texts))
+    def encode_all(self, texts: Sequence[str], spaced: bool = True) -> list[list[int]]:
+        if spaced:
+            return self.model.encode(list(texts))
+        # A text's own first space is put there by the model, as some models drop those that are written.
+        return [self.model.encode(text[1:]) if len(text) > 1 and text[0] == " " else self.unspaced.encode(text) for text in texts]
+
+    def encode_rendered(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for part in re.split(f"({'|'.join(map(re.escape, sorted(self.specials(), key=len, reverse=True)))})", text):
+            number = self.model.piece_to_id(part)
+            begins = not ids or ids[-1] == self.model.bos_id()
+            ids += [number] if self.model.is_control(number) else self.encode_all([part], spaced=begins)[0]
+        return ids
 
     def special(self, name: str) -> int:
         number = self.model.piece_to_id(name)
-        if number == self.model.unk_id() or not (self.model.is_control(number) or self.model.is_user_defined(number)):
-            raise EngineError("TOKENIZER-SPECIAL", f"the template needs the control token {name}, which this tokenizer lacks; set data.template")
+        if not self.model.is_control(number):  # user-defined pieces are found in text, so a row could write them
+            raise _lacks(name)
         return number
+
+    def specials(self) -> list[str]:
+        return [self.model.id_to_piece(number) for number in range(self.size) if self.model.is_control(number)]
+
+    def name(self, number: int) -> str:
+        return self.model.id_to_piece(number)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.model.decode([int(number) for number in ids if number < self.size])  # embeddings may have more rows than there are pieces
+
+    def show(self, ids: Sequence[int]) -> str:
+        text = "".join(map(self.name, ids)).replace("▁", " ")
+        return re.sub("(<0x[0-9A-F]{2}>)+", lambda found: bytes.fromhex(found[0].replace("<0x", "").replace(">", "")).decode(errors="replace"), text)
 
 
 class JsonTokenizer:
@@ -83,12 +117,23 @@ class JsonTokenizer:
             self.model = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises bare Exception
             raise EngineError("TOKENIZER-FILE", f"{path}: cannot be read: {error}") from error
-        self.model.no_truncation()
-        self.model.no_padding()
+        self.as_special = lambda name: tokenizers.AddedToken(name, special=True, normalized=False)
+        self.added = self.model.get_added_tokens_decoder()
+        self.spaced, self.unspaced = PLACES, self.model
+        if "".join(self.model.encode("a", add_special_tokens=False).tokens).startswith(("▁", "Ġ")):
+            whole = read_json(path)
+            whole |= {key: _unspaced(whole.get(key)) for key in ("normalizer", "pre_tokenizer")}
+            self.unspaced = tokenizers.Tokenizer.from_str(json.dumps(whole))
+            self.spaced = frozenset({"alone", "begin", "control"} if self._spaces_after_control() else {"alone"})
+        for model in (self.model, self.unspaced):
+            model.no_truncation()
+            model.no_padding()
         self.prefix = self.model.encode("", add_special_tokens=True).ids[:1]
-        self.model.encode_special_tokens = True
-        self.size = self.model.get_vocab_size(with_added_tokens=True)
+        for model in (self.model, self.unspaced):
+            model.encode_special_tokens = True
+        self.size = max(self.model.get_vocab_size(with_added_tokens=True), max(self.added, default=0) + 1)  # added ids may leave gaps
         self.eos = self._eos(settings, generation, config, path)
+        self.ends = frozenset({self.eos, *_listed_ends(generation, folder)})
         self.prefix = [] if self.prefix == [self.eos] else self.prefix
         self.digest = _digest([path], {"eos": self.eos})
 
@@ -106,36 +151,94 @@ class JsonTokenizer:
     def encode(self, text: str) -> list[int]:
         return self.model.encode(text, add_special_tokens=False).ids
 
-    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        return [one.ids for one in self.model.encode_batch_fast(list(texts), add_special_tokens=False)]
+    def encode_all(self, texts: Sequence[str], spaced: bool = True) -> list[list[int]]:
+        model = self.model if spaced else self.unspaced
+        return [one.ids for one in model.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_rendered(self, text: str) -> list[int]:
+        self.model.encode_special_tokens = False
+        try:
+            return self.encode(text)
+        finally:
+            self.model.encode_special_tokens = True
 
     def special(self, name: str) -> int:
         number = self.model.token_to_id(name)
-        if number is None:
-            raise EngineError("TOKENIZER-SPECIAL", f"the template needs the control token {name}, which this tokenizer lacks; set data.template")
+        if number not in self.added:
+            raise _lacks(name)
+        if not self.added[number].special:  # some files say so of control tokens; rows could write them
+            for model in (self.model, self.unspaced):
+                model.add_special_tokens([self.as_special(name)])
+            self.added = self.model.get_added_tokens_decoder()
         return number
+
+    def specials(self) -> list[str]:
+        return [token.content for token in self.added.values() if token.special]
+
+    def name(self, number: int) -> str:
+        return self.model.id_to_token(number)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.model.decode([int(number) for number in ids], skip_special_tokens=True)
 
+    def show(self, ids: Sequence[int]) -> str:
+        return self.model.decode(list(ids), skip_special_tokens=False)
 
-def join(segments: Sequence[Segment], texts: Iterator[list[int]], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """Ids of the segments end to end, and which are supervised; `texts` yields the ids of each segment that is text.
+    def _spaces_after_control(self) -> bool:
+        names = self.specials()
+        return bool(names) and self.model.encode(f"{names[0]}a", add_special_tokens=False).ids[1:] == self.encode("a")
 
-    Begins with the tokenizer's prefix. Each segment was tokenised by itself.
+
+# What stands before a segment: nothing that counts, or in a chat the prefix, a control token, text.
+PLACES = frozenset({"alone", "begin", "control", "text"})
+
+
+def tokenise(rows: Sequence[Sequence[Segment]], chat: bool, tokenizer: Tokenizer) -> list[tuple[list[int], list[bool]]]:
+    """Ids of each row's segments end to end, and which are supervised. Begins with the tokenizer's prefix.
+
+    Each segment is tokenised by itself, all texts in two calls at most; segments of a chat as if what is before them were there.
     """
-    ids, supervised = list(tokenizer.prefix), [False] * len(tokenizer.prefix)
-    for segment in segments:
-        new = [tokenizer.special(segment.text)] if segment.special else next(texts)
-        ids += new
-        supervised += [segment.supervised] * len(new)
-    return ids, supervised
+    numbers = {name: tokenizer.special(name) for name in {segment.text for row in rows for segment in row if segment.special}}
+    texts: dict[bool, list[str]] = {True: [], False: []}
+    for row in rows:
+        for segment, place in zip(row, _places(row, chat), strict=True):
+            if not segment.special:
+                texts[place in tokenizer.spaced].append(segment.text)
+    ready = {spaced: iter(tokenizer.encode_all(some, spaced)) for spaced, some in texts.items()}
+    found = []
+    for row in rows:
+        ids, supervised = list(tokenizer.prefix), [False] * len(tokenizer.prefix)
+        for segment, place in zip(row, _places(row, chat), strict=True):
+            new = [numbers[segment.text]] if segment.special else next(ready[place in tokenizer.spaced])
+            ids += new
+            supervised += [segment.supervised] * len(new)
+        found.append((ids, supervised))
+    return found
 
 
-def prompt_ids(row: Row, template: str, tokenizer: Tokenizer) -> list[int]:
+def _places(row: Sequence[Segment], chat: bool) -> Iterator[str]:
+    place = "begin" if chat else "alone"
+    for segment in row:
+        yield place
+        if chat:
+            place = "control" if segment.special else "text"
+
+
+def prompt_ids(row: Row, template: str, tokenizer: Tokenizer, system: str | None = None) -> list[int]:
     """What generation starts from: exactly the tokens that stand before the answer in training."""
-    prompt = [segment for segment in TEMPLATES[template](row) if not segment.supervised]
-    return join(prompt, (tokenizer.encode(segment.text) for segment in prompt if not segment.special), tokenizer)[0]
+    prompt = [segment for segment in TEMPLATES[template](row, system) if not segment.supervised]
+    return tokenise([prompt], TEMPLATES[template].chat, tokenizer)[0][0]
+
+
+def end_of(template: str, tokenizer: Tokenizer) -> int:
+    """The token that ends an answer."""
+    name = TEMPLATES[template].end
+    return tokenizer.eos if name is None else tokenizer.special(name)
+
+
+def stops(template: str, tokenizer: Tokenizer) -> frozenset[int]:
+    """The tokens after which generation stops: the template's end, the tokenizer's, and those that the model's makers list."""
+    return tokenizer.ends | {end_of(template, tokenizer)}
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -144,11 +247,33 @@ def copy_tokenizer(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
         raise EngineError("TOKENIZER-FILE", f"{path}: not JSON: {error}") from error
+
+
+def _listed_ends(generation: dict[str, Any], folder: Path) -> list[int]:
+    listed = generation.get("eos_token_id")
+    listed = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    if not all(type(number) is int for number in listed):
+        raise EngineError("TOKENIZER-EOS", f"{folder / 'generation_config.json'}: eos_token_id: got {listed}, expected a number or a list of numbers")
+    return listed
+
+
+def _lacks(name: str) -> EngineError:
+    return EngineError("TOKENIZER-SPECIAL", f"the template needs the control token {name}, which this tokenizer lacks; set data.template")
+
+
+def _unspaced(part: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A normalizer or pre-tokenizer as tokenizer.json writes it, without what puts a space in front of text."""
+    if part is None or part["type"] == "Prepend":
+        return None
+    for key in {"normalizers", "pretokenizers"} & part.keys():
+        return {**part, key: [kept for one in part[key] if (kept := _unspaced(one))]}
+    never = {"prepend_scheme": "never", "add_prefix_space": False}
+    return {**part, **{key: value for key, value in never.items() if key in part}}
 
 
 def _digest(paths: Sequence[Path], settings: dict[str, Any]) -> str:

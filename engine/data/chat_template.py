@@ -1,0 +1,151 @@
+"""The model's own Jinja chat template, rendered to see whether ours writes the same; nothing is trained on what it renders.
+
+It comes with the model, from anybody, so it runs in a process of its own under limits: see sandbox.py.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from engine.config import Data
+from engine.data.formats import Row, read_rows
+from engine.data.template import TEMPLATES, question
+from engine.data.tokenizer import Tokenizer, end_of, read_json, tokenise
+from engine.errors import SECURITY, EngineError
+
+SIZE = 1 << 20  # characters of a template
+WALL_S = 10.0  # its CPU time is limited more narrowly; this is for machines that have none to spare
+COMPARED = 1000  # characters of a row's instruction, input and output
+
+
+def own_template(folder: Path) -> str | None:
+    """chat_template.jinja or, before there was such a file, chat_template in tokenizer_config.json; of several, the default."""
+    if (folder / "chat_template.jinja").is_file():
+        with (folder / "chat_template.jinja").open(encoding="utf-8", errors="replace") as file:
+            return file.read(SIZE + 1)
+    found = read_json(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(found, list):
+        found = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}.get("default")
+    return found if isinstance(found, str) else None
+
+
+def render(template: str, conversations: list[dict[str, Any]], names: dict[str, str] | None = None) -> list[str]:
+    """The text of each conversation.
+
+    Args:
+        conversations: what the template is called with, {"messages": [{"role", "content"}, …], "add_generation_prompt": …}.
+        names: of control tokens, {"bos_token": "<s>", …}.
+
+    Raises:
+        EngineError: with SECURITY for a template that goes beyond its limits or out of its sandbox.
+    """
+    if len(template) > SIZE:
+        raise _refused(f"it has over {SIZE} characters")
+    request = {"path": [path for path in sys.path if path], "template": template, "names": names or {}, "conversations": conversations}
+    # -I and -S: nothing of the user's or the folder's is imported on the way; sys.path is handed over instead
+    command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("sandbox.py"))]
+    try:
+        done = subprocess.run(command, input=json.dumps(request), capture_output=True, encoding="utf-8", timeout=WALL_S)
+        answer = json.loads(done.stdout) if done.returncode == 0 else {"refused": f"it took too much time or memory (its process ended with {done.returncode})"}
+    except subprocess.TimeoutExpired:
+        raise _refused(f"it was not done within {WALL_S:.0f} s") from None
+    except (OSError, ValueError) as error:
+        answer = {"error": f"its process cannot be used: {error}"}
+    why = "".join(letter if letter.isprintable() else " " for letter in str(answer.get("refused") or answer.get("error"))[:200])
+    if "refused" in answer:
+        raise _refused(why)
+    if "error" in answer:
+        raise EngineError("TEMPLATE-RENDER", f"the model's own chat template cannot be rendered: {why}")
+    return answer["texts"]
+
+
+def _refused(why: str) -> EngineError:
+    return EngineError("TEMPLATE-REFUSED", f"the model's own chat template is not safe to render: {why}", SECURITY)
+
+
+def check(folder: Path, data: Data, tokenizer: Tokenizer) -> None:
+    """Says in one line on standard error where the first row's ids are not those that the model's own chat template gives,
+    and what would give them. Never stops a run."""
+    try:
+        if (template := own_template(folder)) is not None and (found := difference(template, folder, data, tokenizer)):
+            print(f"WARNING {found}", file=sys.stderr)
+    except EngineError as error:
+        print(f"WARNING {folder}: not compared with data.template={data.template}: {error.text}", file=sys.stderr)
+
+
+def difference(template: str, folder: Path, data: Data, tokenizer: Tokenizer) -> str | None:
+    """What is different and what to set, if anything is.
+
+    What the model's own template writes for generation is what counts; it may leave the system prompt out where there is an
+    answer already, as Mistral's does, and then only prompts are compared.
+    """
+    row = _sample(Path(data.train), tokenizer)
+    prompt, whole = render(template, _conversations(row, data.system), _names(folder, tokenizer))
+    answered = whole.startswith(prompt)
+    own = tokenizer.encode_rendered(whole if answered else prompt)
+
+    def ours(name: str, system: str | None) -> list[int]:
+        segments = [segment for segment in TEMPLATES[name](row, system) if answered or not segment.supervised]
+        (ids, _), = tokenise([segments], TEMPLATES[name].chat, tokenizer)
+        return [*ids, end_of(name, tokenizer)] if answered else ids
+
+    def same(name: str, system: str | None) -> bool:
+        ids = ours(name, system)  # templates may write a line break after the answer's end, before the next turn
+        return own[: len(ids)] == ids and not tokenizer.show(own[len(ids) :]).strip()
+
+    if same(data.template, data.system):
+        return None
+    asked = ours(data.template, data.system)
+    at = next((place for place, (one, other) in enumerate(zip(asked, own, strict=False)) if one != other), min(len(asked), len(own)))
+    advice = "none of ours would be the same"
+    for name, system in _candidates(row, data.system, prompt, tokenizer):
+        try:
+            if same(name, system):
+                also = "" if system == data.system else f" with data.system={json.dumps(system, ensure_ascii=False)}"
+                advice = f"data.template={name}{also} would be the same"
+                break
+        except EngineError:  # a control token that this tokenizer lacks
+            pass
+    return (f"data.template={data.template} is not how {folder} says it chats: the first row's ids differ from its own chat template's from token "
+            f"{at} on, {tokenizer.show(asked[at : at + 6])!r} where its own has {tokenizer.show(own[at : at + 6])!r}; {advice}")
+
+
+def _candidates(row: Row, system: str | None, own_prompt: str, tokenizer: Tokenizer) -> Iterator[tuple[str, str | None]]:
+    """Every template with the recipe's system prompt, then with one that the model's own template writes unasked: what stands
+    where ours would have it, if the rest is as ours."""
+    chats = [name for name, template in TEMPLATES.items() if template.chat]
+    yield from ((name, system) for name in (chats if system is not None else TEMPLATES))
+    for name in chats if system is None else []:
+        text = "".join(segment.text for segment in TEMPLATES[name](row, "\ue000") if not segment.supervised)
+        before, _, after = text.partition("\ue000")
+        before = "".join(map(tokenizer.name, tokenizer.prefix)) + before
+        if own_prompt.startswith(before) and own_prompt.endswith(after):
+            unasked = own_prompt[len(before) : len(own_prompt) - len(after)]
+            if len(unasked) <= COMPARED and unasked.replace("\n", "").isprintable():
+                yield name, unasked
+
+
+def _conversations(row: Row, system: str | None) -> list[dict[str, Any]]:
+    """The row as it is asked, and with its answer."""
+    asked = [*([{"role": "system", "content": system}] if system is not None else []), {"role": "user", "content": question(row)}]
+    return [{"messages": asked, "add_generation_prompt": True},
+            {"messages": [*asked, {"role": "assistant", "content": row.output}], "add_generation_prompt": False}]
+
+
+def _names(folder: Path, tokenizer: Tokenizer) -> dict[str, str]:
+    settings = read_json(folder / "tokenizer_config.json")
+    named = {key: found.get("content") if isinstance(found := settings.get(key), dict) else found
+             for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    names = dict(zip(("eos_token", "bos_token"), map(tokenizer.name, [tokenizer.eos, *tokenizer.prefix]), strict=False))
+    return {**names, **{key: name for key, name in named.items() if isinstance(name, str)}}
+
+
+def _sample(path: Path, tokenizer: Tokenizer) -> Row:
+    """The first row, cut, and without the names of control tokens: a chat template's text cannot tell them from its own."""
+    row, names = next(read_rows(path)), "|".join(map(re.escape, tokenizer.specials())) or "(?!)"
+    return Row(row.line, *(re.sub(names, " ", text[:COMPARED]).strip() for text in (row.instruction, row.input, row.output)))
+
