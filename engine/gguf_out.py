@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from engine.data.tokenizer import load_tokenizer
-from engine.errors import EngineError
-from engine.gguf_in import ARCHITECTURES, CONTROL, IN_BLOCK, NORMAL, UNUSED, USER_DEFINED, WHOLE, extra, pre_tokenizers
+from engine.errors import EngineError, extra
+from engine.gguf_in import ARCHITECTURES, CONTROL, IN_BLOCK, NORMAL, UNUSED, USER_DEFINED, WHOLE, pre_tokenizers
 from engine.models.llama import ROPE_SCALINGS
 
 TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}

@@ -110,13 +110,13 @@ def fold(model: nn.Module) -> None:
         setattr(model.get_submodule(parent), child, plain)
 
 
-def save(model: nn.Module, folder: Path, base: str, rank: int, alpha: float, dropout: float, targets: list[str]) -> None:
+def save(model: nn.Module, folder: Path, base: str, rank: int, alpha: float, dropout: float, targets: list[str], revision: str | None = None) -> None:
     """adapter_model.safetensors and adapter_config.json, as PEFT reads them, into a folder that exists."""
     tensors = {f"{PEFT_PREFIX}{name}.lora_{part}.weight": getattr(module, f"lora_{part}")
                for name, module in adapters(model).items() for part in "AB"}
     tensorfile.save(tensors, folder / "adapter_model.safetensors")
     config: dict[str, Any] = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "revision": revision, "inference_mode": True,
         "r": rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "lora_dropout": dropout, "target_modules": sorted(targets), "bias": "none",
         "fan_in_fan_out": False, "init_lora_weights": True, "modules_to_save": None, "use_rslora": False, "use_dora": False,
     }

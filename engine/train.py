@@ -9,7 +9,6 @@ once; *targets* are the supervised tokens, the ones that carry loss.
 """
 
 import math
-from pathlib import Path
 
 from engine import config, errors
 
@@ -18,7 +17,7 @@ def main(argv: list[str]) -> int:
     # ---- Recipe: every mistake in it is told here, before torch takes its seconds to import -------------------------
     cfg = config.load(argv)
 
-    from engine import checkpoint, distributed, export, lora, metrics, optim, precision, report, rundir
+    from engine import checkpoint, distributed, export, hub, lora, metrics, optim, precision, report, rundir
     from engine.attention import PackedAttention
     from engine.attention import choose as choose_attention
     from engine.data import dataset, loader
@@ -36,7 +35,8 @@ def main(argv: list[str]) -> int:
         newest = checkpoint.newest_whole(run / "checkpoints") if rank == 0 else None
 
         # ---- Data: tokenised, packed and checked before ranks wait for each other -----------------------------------
-        source = Path(cfg.model.path)
+        base = hub.resolve(cfg.model.path, cfg.model.init == "pretrained", rundir.commit_of_base(run, cfg.model.path))
+        source = base.folder
         tokenizer, family = load_tokenizer(source), weights.read_config(source)
         rows, held_out = dataset.load_both(cfg.data, tokenizer)
         dataset.check_fit(rows, tokenizer, family, cfg.data.max_length)
@@ -47,6 +47,7 @@ def main(argv: list[str]) -> int:
         # ---- Processes ----------------------------------------------------------------------------------------------
         world = distributed.init(cfg.train.device, cfg.train.timeout_s)
         device, stop = world.device, StopRequest()
+        base.check_same(distributed.gather_text(base.commit or "", world))
 
         # ---- Model: trained weights are fp32, frozen ones as the recipe says ----------------------------------------
         frozen = precision.DTYPES[cfg.model.dtype] if cfg.lora.rank else None
@@ -80,9 +81,9 @@ def main(argv: list[str]) -> int:
         facts = report.facts(model, world, {"attention": f"{attention}: {why_attention}", "precision": types.reason, "peak": peak_source})
         log = metrics.Log(run, start, num_steps, cfg.log.every_steps, cfg.log.tensorboard, speaks=world.is_first)
         if world.is_first:
-            rundir.describe(run, cfg, {**facts, **identity})
+            rundir.describe(run, cfg, {"base": {"name": cfg.model.path, "commit": base.commit}, **facts, **identity})
             rundir.write_ledger(run, [part for part in (rows, held_out) if part])
-        log.say(report.equation(run, cfg, plan, rows, num_steps, start, world.size, facts))
+        log.say(report.equation(run, cfg, base, plan, rows, num_steps, start, world.size, facts))
         log.text("recipe", f"```\n{config.dump(cfg)}```", 0)
         evaluation = Evaluation(held_out, tokenizer, cfg.data, cfg.evaluate, attention, types, world) if held_out else None
         if evaluation and start == 0 and cfg.evaluate.at_start:
@@ -165,7 +166,7 @@ def main(argv: list[str]) -> int:
             judged = evaluation.run(model, whole=True)
         exported, frozen_digest = {}, None
         if world.is_first:
-            exported = export.Exporter(model, cfg, held_out or rows, types).run(run / "export")
+            exported = export.Exporter(model, cfg, held_out or rows, types, base).run(run / "export")
             frozen_digest = weights.identity(model, source, cfg.model.init) if cfg.lora.rank else None
             assert frozen_digest in (None, identity["weights"]), "frozen weights have changed"
         log.hparams(cfg, judged.scalars if judged else {})
