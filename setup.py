@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 here = Path(__file__).resolve().parent
 version = re.search(r'^__version__ = "(.+)"$', (here / "engine" / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE)[1]
 
-hub = ["tokenizers", "huggingface_hub", "gguf"]
+hub = ["tokenizers", "huggingface_hub>=2.4", "gguf"]
 
 setup(
     name="ddp-instruct-engine",

@@ -31,8 +31,8 @@ KNOWN = set("""alpha_pattern auto_mapping base_model_name_or_path exclude_module
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
-def save(model: nn.Module, folder: Path, base: str, dropout: float) -> None:
-    """Writes the model's adapters into a folder that exists; `base` is where PEFT finds the base model.
+def save(model: nn.Module, folder: Path, base: str, dropout: float, revision: str | None = None) -> None:
+    """Writes the model's adapters into a folder that exists; `base` is where PEFT finds the base model, and in which revision.
 
     PiSSA's are written as plain LoRA of twice the rank on the base as it was, so any base on disk fits.
     """
@@ -51,7 +51,7 @@ def save(model: nn.Module, folder: Path, base: str, dropout: float) -> None:
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     first = next(iter(modules.values()))
     config: dict[str, Any] = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "revision": revision, "inference_mode": True,
         "r": rank, "lora_alpha": _whole(alpha), "lora_dropout": dropout, "target_modules": _targets(model, list(modules)), "bias": "none",
         "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
         "alpha_pattern": {name: _whole(value) for name, value in alphas.items() if value != alpha},

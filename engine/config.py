@@ -15,6 +15,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from engine import hub
 from engine.errors import EngineError
 
 DEFAULT_RECIPE = "recipes/quickstart.yaml"
@@ -36,7 +37,7 @@ class Run:
 
 @dataclass
 class Model:
-    path: str = option("", "folder in Hugging Face layout: config.json, *.safetensors, tokenizer.model or tokenizer.json")
+    path: str = option("", "folder in Hugging Face layout: config.json, *.safetensors, tokenizer.model or .json; or org/name[@revision] on the hub")
     init: str = option("pretrained", "where weights come from: the folder, or random by its config.json", ("pretrained", "random"))
     dtype: str = option("fp32", "type of frozen weights; trained ones are fp32, and bf16 with optim.name=adamw_bf16", ("fp32", "bf16", "fp16"))
     dropout: float = option(0.0, "share of each block's two outputs zeroed in training", low=0, high=0.9)
@@ -308,9 +309,10 @@ def _nearest(word: str, words: Any) -> str:
 def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """(key, what is wrong) for options that are each fine but not together, or that name what is not there."""
     if not recipe.model.path:
-        yield "model.path", "is not given; expected a folder with config.json"
-    elif not (Path(recipe.model.path) / "config.json").is_file():
-        yield "model.path", f"got {recipe.model.path}, expected a folder with config.json; weights come in through engine.convert"
+        yield "model.path", "is not given; expected a folder with config.json, or org/name[@revision] on the hub"
+    elif not (Path(recipe.model.path) / "config.json").is_file() and not hub.is_name(recipe.model.path):
+        yield "model.path", (f"got {recipe.model.path}, expected a folder with config.json, or org/name[@revision] on the hub; "
+                             "other weights come in through engine.convert")
     if not recipe.data.train:
         yield "data.train", "is not given; expected a JSONL file"
     for key, path in (("data.train", recipe.data.train), ("data.validation", recipe.data.validation)):

@@ -1,15 +1,15 @@
-"""Weights from one form into another: a GGUF file or a model folder, with an adapter or without, to a folder or a GGUF file.
+"""Weights from one form into another: a GGUF file or a model, with an adapter or without, to a folder or a GGUF file.
 
     python -m engine.convert model.Q8_0.gguf models/mine --dtype bf16
     python -m engine.convert models/mine merged --adapter runs/lora/export/adapter
-    python -m engine.convert models/mine mine.gguf --dtype q8_0
+    python -m engine.convert org/name@revision mine.gguf --dtype q8_0
 
 Every target is written under a temporary name and gets its own once it is whole.
 """
 
 from pathlib import Path
 
-from engine import gguf_in
+from engine import gguf_in, hub
 from engine.arguments import Parser
 from engine.errors import EngineError, run
 from engine.publish import published
@@ -20,7 +20,7 @@ DTYPES = {"folder": ("bf16", "fp16", "fp32"), "gguf": ("bf16", "fp16", "fp32", "
 
 def main(argv: list[str]) -> None:
     parser = Parser("convert", EXAMPLE, "Weights from a GGUF file or a model folder to a model folder or a GGUF file.")
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="a .gguf file, or a model folder in Hugging Face layout")
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="a .gguf file, a model folder in Hugging Face layout, or org/name[@revision] on the hub")
     parser.add_argument("target", type=Path, metavar="TARGET", help="a folder, or a file that ends in .gguf; must not exist")
     parser.add_argument("--adapter", type=Path, metavar="DIR", help="adapter folder in PEFT layout, merged in fp32 and rounded once")
     parser.add_argument("--dtype", choices=DTYPES["gguf"], default="bf16", help="type of the written weights; q8_0 in GGUF alone [bf16]")
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
     kind = "gguf" if args.target.suffix == ".gguf" else "folder"
     if args.dtype not in DTYPES[kind]:
         parser.error(f"--dtype: got {args.dtype} for a folder, expected one of {', '.join(DTYPES[kind])}")
-    if args.source.is_dir():
+    if args.source.is_dir() or args.source.suffix != ".gguf" and hub.is_name(str(args.source)):
         from_folder(args.source, args.target, args.dtype, args.adapter)
     elif kind == "gguf" or args.adapter:
         parser.error(f"SOURCE: got the file {args.source}, expected a model folder here; convert it to a folder first")
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
 
 
 def from_folder(source: Path, target: Path, dtype: str, adapter: Path | None) -> None:
-    """Writes `target`, a folder or a GGUF file, from a model folder, with `adapter` merged where one is given.
+    """Writes `target`, a folder or a GGUF file, from a model folder or a name on the hub, with `adapter` merged where one is given.
 
     Raises:
         EngineError: the target exists or cannot be written; the source is no model, or one that GGUF is not written for.
@@ -55,6 +55,7 @@ def from_folder(source: Path, target: Path, dtype: str, adapter: Path | None) ->
     from engine.models import weights
     from engine.precision import DTYPES as TORCH_DTYPES
 
+    source = hub.resolve(str(source)).folder
     config = weights.read_config(source)
     model = weights.build(source, "pretrained", 0, torch.float32, torch.float32, torch.device("cpu"))
     if adapter:

@@ -11,7 +11,9 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 DONE = 0
 USER = 2  # the recipe or the data
@@ -33,6 +35,15 @@ class EngineError(Exception):
 
     def __str__(self) -> str:
         return f"ERROR E-{self.name} {self.text}"
+
+
+def extra(package: str, source: str | Path) -> Any:
+    """A package of the [hub] extra, which `source` needs."""
+    try:
+        return import_module(package)
+    except ImportError as error:
+        text = f"{source} needs the package {package}: pip install -c constraints.txt -e '.[hub]'"
+        raise EngineError("ENVIRONMENT-EXTRA", text, ENVIRONMENT) from error
 
 
 def rank_in_launch() -> int:

@@ -23,6 +23,7 @@ from engine.config import Recipe
 from engine.data.dataset import Dataset
 from engine.data.tokenizer import copy_tokenizer, end_of, load_tokenizer, read_json, stops
 from engine.errors import CHECKPOINT, EngineError
+from engine.hub import Base
 from engine.models import weights
 from engine.precision import DTYPES, Precision
 from engine.publish import published
@@ -52,10 +53,11 @@ class Exporter:
     Args:
         rows: the first export.verify_rows of them are what models are compared on.
         precision: the arithmetic of both sides of a comparison.
+        base: what cfg.model.path means.
     """
 
-    def __init__(self, model: nn.Module, cfg: Recipe, rows: Dataset, precision: Precision) -> None:
-        self.model, self.cfg, self.precision, self.source = model, cfg, precision, Path(cfg.model.path)
+    def __init__(self, model: nn.Module, cfg: Recipe, rows: Dataset, precision: Precision, base: Base) -> None:
+        self.model, self.cfg, self.precision, self.base, self.source = model, cfg, precision, base, base.folder
         ends = rows.offsets[1 : cfg.export.verify_rows + 1]
         self.rows = [torch.from_numpy(rows.tokens[start:end][:TOKENS_OF_A_ROW].astype("int64"))
                      for start, end in zip(rows.offsets, ends, strict=False)]
@@ -116,7 +118,7 @@ class Exporter:
 
     def _write_adapter(self, folder: Path) -> None:
         folder.mkdir()
-        adapter.save(self.model, folder, str(self.source), self.cfg.lora.dropout)
+        adapter.save(self.model, folder, self.base.name, self.cfg.lora.dropout, self.base.commit)
         copy_tokenizer(self.source, folder)
 
     def _read_adapter(self, folder: Path) -> nn.Module:

@@ -2,7 +2,7 @@
 
     python -m engine.generate --model runs/quickstart/export/model --prompt "Name three colours."
     python -m engine.generate --adapter runs/lora/export/adapter --file questions.jsonl --out answers.jsonl
-    python -m engine.generate --model models/smollm2 --template chatml
+    python -m engine.generate --model HuggingFaceTB/SmolLM2-135M-Instruct --template chatml
 
 A prompt goes through the code that makes training's, so a model meets exactly the tokens it was trained to answer.
 """
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from engine import hub
 from engine.arguments import Parser, between
 from engine.data.formats import Row, read_rows
 from engine.data.template import TEMPLATES
@@ -25,7 +26,7 @@ EXAMPLE = 'python -m engine.generate --model runs/quickstart/export/model --prom
 def arguments(argv: list[str]) -> argparse.Namespace:
     parser = Parser("generate", EXAMPLE, "Answers of a model: to one prompt, to the rows of a file, or without either in a chat "
                     "at the terminal, where each turn is a prompt of its own and an empty line ends.")
-    parser.add_argument("--model", type=Path, metavar="DIR", help="model folder in Hugging Face layout")
+    parser.add_argument("--model", metavar="DIR", help="model folder in Hugging Face layout, or org/name[@revision] on the hub")
     parser.add_argument("--adapter", type=Path, metavar="DIR", help="adapter folder in PEFT layout; it names its base unless --model does")
     parser.add_argument("--prompt", metavar="TEXT", help="an instruction")
     parser.add_argument("--input", metavar="TEXT", default="", help="what the instruction is about, if it needs that")
@@ -118,10 +119,12 @@ class Answerer:
         on_cuda = torch.cuda.is_available() and args.device != "cpu"
         if args.device == "cuda" and not on_cuda:
             raise EngineError("ENVIRONMENT-CUDA", "--device cuda, but torch sees no CUDA device; leave it out", ENVIRONMENT)
-        base, folder = args.model or base_of(args.adapter), args.adapter or args.model
+        found = hub.resolve(args.model) if args.model else base_of(args.adapter)
+        base, folder = found.folder, args.adapter or found.folder
         (noted, system), dtype = template_of(folder), args.dtype or ("bf16" if on_cuda else "fp32")
         self.template = args.template or noted or "alpaca"
-        why = "asked for" if args.template else f"{folder} says so" if noted else f"{folder} names none"
+        shown = args.adapter or found
+        why = "asked for" if args.template else f"{shown} says so" if noted else f"{shown} names none"
         if self.template not in TEMPLATES:
             raise EngineError("GENERATE-TEMPLATE", f"{folder}: names the template {noted!r}, expected one of {', '.join(TEMPLATES)}")
         self.system = args.system if args.system is not None else system if self.template == noted else None
@@ -133,7 +136,7 @@ class Answerer:
         self.args, self.calls, self.tokens, self.seconds = args, 0, 0, 0.0
         draws = f"temperature {args.temperature}, top-p {args.top_p}, seed {args.seed}" if args.temperature else "greedy"
         why += ", with a system prompt" if self.system is not None else ""
-        print(f"{folder}: template {self.template} ({why}), {dtype} on {'cuda' if on_cuda else 'cpu'}, {draws}", file=sys.stderr)
+        print(f"{shown}: template {self.template} ({why}), {dtype} on {'cuda' if on_cuda else 'cpu'}, {draws}", file=sys.stderr)
 
     def prompt(self, row: Row, where: str = "") -> list[int]:
         """The ids to go on from. `where` begins the text of an error."""
@@ -196,16 +199,22 @@ class Stream:
         return self.decode(self.ids[self.start :])[len(self.decode(self.ids[self.start : self.shown])) :]
 
 
-def base_of(adapter: Path) -> Path:
-    """The base model that an adapter names."""
+def base_of(adapter: Path) -> hub.Base:
+    """The base model that an adapter names, in the revision that it names."""
     path = adapter / "adapter_config.json"
     try:
-        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        config = json.loads(path.read_text(encoding="utf-8"))
+        base, revision = config["base_model_name_or_path"] or "", config.get("revision")
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise EngineError("GENERATE-ADAPTER", f"{path}: cannot be read: {error}; expected an adapter folder in PEFT's layout") from error
-    if not (Path(base or "") / "config.json").is_file():
-        raise EngineError("GENERATE-BASE", f"{path}: names the base model {base}, which is no folder here; give it with --model")
-    return Path(base)
+    if (Path(base) / "config.json").is_file():
+        return hub.resolve(base)
+    if not hub.is_name(name := f"{base}@{revision}" if revision else base):
+        raise EngineError("GENERATE-BASE", f"{path}: names the base model {name}, which is no folder here; give it with --model")
+    try:
+        return hub.resolve(name)
+    except EngineError as error:
+        raise EngineError(error.name, f"{path} names a base model: {error.text}; or give it with --model", error.exit_code) from error
 
 
 if __name__ == "__main__":

@@ -9,13 +9,12 @@ Read downward: the whole, config, weights, tokenizer. The format: docs/gguf.md a
 import json
 import re
 import sys
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
-from engine.errors import ENVIRONMENT, EngineError
+from engine.errors import EngineError, extra
 from engine.publish import published
 
 # GGUF's architecture -> config.json's model_type and class. All count their parts in the same names.
@@ -80,15 +79,6 @@ def to_folder(source: Path, target: Path, dtype: str) -> None:
         weights.build(building, "pretrained", 0, DTYPES[dtype], DTYPES[dtype], torch.device("meta"))
         if (size := load_tokenizer(building).size) > config["vocab_size"]:
             metadata.refuse(f"the tokenizer has {size} ids, token_embd.weight {config['vocab_size']} rows")
-
-
-def extra(package: str, source: Path) -> Any:
-    """A package of the [hub] extra."""
-    try:
-        return import_module(package)
-    except ImportError as error:
-        text = f"{source} needs the package {package}: pip install -c constraints.txt -e '.[hub]'"
-        raise EngineError("ENVIRONMENT-EXTRA", text, ENVIRONMENT) from error
 
 
 # ---- Config ---------------------------------------------------------------------------------------------------------

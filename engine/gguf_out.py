@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from engine.data.tokenizer import load_tokenizer
-from engine.errors import EngineError
-from engine.gguf_in import ARCHITECTURES, CONTROL, IN_BLOCK, NORMAL, UNUSED, USER_DEFINED, WHOLE, extra, pre_tokenizers
+from engine.errors import EngineError, extra
+from engine.gguf_in import ARCHITECTURES, CONTROL, IN_BLOCK, NORMAL, UNUSED, USER_DEFINED, WHOLE, pre_tokenizers
 from engine.models import FAMILIES
 from engine.models.config import ModelConfig
 from engine.models.llama import ROPE_SCALINGS

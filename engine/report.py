@@ -12,6 +12,7 @@ from engine.data.plan import Plan
 from engine.distributed import World
 from engine.evaluate import Report
 from engine.export import Agreement
+from engine.hub import Base
 
 
 def facts(model: nn.Module, world: World, choices: dict[str, str]) -> dict[str, Any]:
@@ -27,7 +28,7 @@ def _trained(cfg: Lora) -> str:
     return f"{name}, rank {cfg.rank} on {', '.join(cfg.targets)}{', and '.join(['', *cfg.modules_to_save])}" if cfg.rank else "all weights"
 
 
-def equation(run: Path, cfg: Recipe, plan: Plan, rows: Dataset, num_steps: int, start: int, ranks: int, known: dict[str, Any]) -> str:
+def equation(run: Path, cfg: Recipe, base: Base, plan: Plan, rows: Dataset, num_steps: int, start: int, ranks: int, known: dict[str, Any]) -> str:
     """The run's plan as a few aligned lines."""
     accumulation = -(-cfg.train.global_batch // (cfg.train.micro_batch * ranks))
     kind = _trained(cfg.lora)
@@ -38,7 +39,7 @@ def equation(run: Path, cfg: Recipe, plan: Plan, rows: Dataset, num_steps: int, 
     exact = "=" if accumulation * cfg.train.micro_batch * ranks == cfg.train.global_batch else "≥"
     lines = {
         "run": f"{run}" + (f", resumed after step {start}" if start else ""),
-        "model": f"{cfg.model.path}, {known['parameters']:,} parameters, {known['trained']:,} trained "
+        "model": f"{base}, {known['parameters']:,} parameters, {known['trained']:,} trained "
                  f"({100 * known['trained'] / known['parameters']:.2f} %): {kind}",
         "precision": known["precision"],
         "attention": known["attention"],

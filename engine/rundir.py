@@ -60,6 +60,15 @@ def describe(path: Path, cfg: Recipe, facts: dict[str, Any]) -> None:
     (path / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
+def commit_of_base(path: Path, name: str) -> str | None:
+    """The hub's commit that an unfinished run began with: going on with it, a newer one is not for us."""
+    try:
+        base = json.loads((path / "run.json").read_text(encoding="utf-8"))["base"]
+    except (OSError, ValueError, LookupError):
+        return None
+    return base["commit"] if base["name"] == name else None
+
+
 def write_ledger(path: Path, datasets: list[Dataset]) -> None:
     """ledger.json counts every row of every file by its fate; rejected.jsonl names those left out, with the reason."""
     counts = []

@@ -18,7 +18,7 @@ def main(argv: list[str]) -> int:
     # ---- Recipe: every mistake in it is told here, before torch takes its seconds to import -------------------------
     cfg = config.load(argv)
 
-    from engine import adapter, checkpoint, distributed, export, lora, metrics, optim, precision, report, rundir
+    from engine import adapter, checkpoint, distributed, export, hub, lora, metrics, optim, precision, report, rundir
     from engine.attention import PackedAttention
     from engine.attention import choose as choose_attention
     from engine.data import chat_template, dataset, loader
@@ -36,7 +36,8 @@ def main(argv: list[str]) -> int:
         newest = checkpoint.newest_whole(run / "checkpoints") if rank == 0 else None
 
         # ---- Data: tokenised, packed and checked before ranks wait for each other -----------------------------------
-        source = Path(cfg.model.path)
+        base = hub.resolve(cfg.model.path, cfg.model.init == "pretrained", rundir.commit_of_base(run, cfg.model.path))
+        source = base.folder
         tokenizer, family = load_tokenizer(source), weights.read_config(source)
         rows, held_out = dataset.load_both(cfg.data, tokenizer)
         dataset.check_fit(rows, tokenizer, family, cfg.data.max_length)
@@ -49,6 +50,7 @@ def main(argv: list[str]) -> int:
         # ---- Processes ----------------------------------------------------------------------------------------------
         world = distributed.init(cfg.train.device, cfg.train.timeout_s)
         device, stop = world.device, StopRequest()
+        base.check_same(distributed.gather_text(base.commit or "", world))
 
         # ---- Model: trained weights are fp32 unless the optimizer takes bf16, frozen ones as the recipe says --------
         frozen = precision.DTYPES[cfg.model.dtype] if cfg.lora.used else None
@@ -86,9 +88,9 @@ def main(argv: list[str]) -> int:
                                             "peak": peak_source})
         log = metrics.Log(run, start, num_steps, cfg.log.every_steps, cfg.log.tensorboard, speaks=world.is_first)
         if world.is_first:
-            rundir.describe(run, cfg, {**facts, **identity})
+            rundir.describe(run, cfg, {"base": {"name": cfg.model.path, "commit": base.commit}, **facts, **identity})
             rundir.write_ledger(run, [part for part in (rows, held_out) if part])
-        log.say(report.equation(run, cfg, plan, rows, num_steps, start, world.size, facts))
+        log.say(report.equation(run, cfg, base, plan, rows, num_steps, start, world.size, facts))
         log.text("recipe", f"```\n{config.dump(cfg)}```", 0)
         evaluation = Evaluation(held_out, tokenizer, cfg.data, cfg.evaluate, attention, types, world) if held_out else None
         if evaluation and start == 0 and cfg.evaluate.at_start:
@@ -171,7 +173,7 @@ def main(argv: list[str]) -> int:
             judged = evaluation.run(model, whole=True)
         exported, frozen_digest = {}, None
         if world.is_first:
-            exported = export.Exporter(model, cfg, held_out or rows, types).run(run / "export")
+            exported = export.Exporter(model, cfg, held_out or rows, types, base).run(run / "export")
             frozen_digest = weights.identity(model, source, cfg.model.init) if cfg.lora.used else None
             assert frozen_digest in (None, identity["weights"]), "frozen weights have changed"
         log.hparams(cfg, judged.scalars if judged else {})

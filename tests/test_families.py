@@ -98,7 +98,7 @@ def test_bf16_is_as_close_to_fp32_as_transformers(pair):
 def test_greedy_generation_is_the_same_token_by_token(pair):
     theirs, folder = pair
     prompts = [IDS[:11], IDS[20:23]]
-    ours = generate(load(folder).eval(), [prompt.tolist() for prompt in prompts], -1, 64)
+    ours = generate(load(folder).eval(), [prompt.tolist() for prompt in prompts], (), 64)
     for prompt, answer in zip(prompts, ours, strict=True):
         expected = theirs.generate(prompt[None], max_new_tokens=64, do_sample=False)[0, len(prompt) :]
         assert answer == expected.tolist() and len(answer) == 64

@@ -9,6 +9,7 @@ ENGINE = ROOT / "engine"
 # A module imports from lower floors, or from its own package. Commands stand on top and nothing imports them.
 FLOORS = [
     {"errors", "tensorfile"},
+    {"hub"},
     {"config", "arguments", "publish"},
     {"distributed", "dropout", "linear", "signals"},
     {"precision", "loss", "cpu_attention", "adamw_bf16"},
@@ -68,7 +69,7 @@ def test_the_loop_can_be_read_in_one_sitting():
 
 
 def test_config_needs_no_torch():
-    for name in ("config", "errors"):
+    for name in ("config", "errors", "hub"):
         assert not [other for other in imports(ast.parse((ENGINE / f"{name}.py").read_text())) if other.startswith("torch")]
 
 

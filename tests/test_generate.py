@@ -227,7 +227,7 @@ def test_an_adapter_names_its_base(folder, model, tmp_path, capsys):
     command.main(start)
     expected = answer_of(adapted.eval(), folder, "red", template="chatml") + "\n"
     assert capsys.readouterr().out == expected != answer_of(model, folder, "red", template="chatml") + "\n"
-    save(adapted, adapter, "somewhere/else", 0.0)
+    save(adapted, adapter, "/somewhere/else", 0.0)
     with pytest.raises(EngineError, match="somewhere/else.*--model"):
         command.main(start)
     command.main([*start, "--model", str(folder)])

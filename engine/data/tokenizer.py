@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from engine.data.formats import Row
 from engine.data.template import TEMPLATES, Segment
-from engine.errors import ENVIRONMENT, EngineError
+from engine.errors import EngineError, extra
 
 # What besides the vocabulary a folder may hold that other tools need to use it.
 COMPANIONS = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -107,12 +107,8 @@ class SentencePiece:
 
 class JsonTokenizer:
     def __init__(self, folder: Path, settings: dict[str, Any], generation: dict[str, Any], config: dict[str, Any]) -> None:
-        try:
-            import tokenizers
-        except ImportError as error:
-            raise EngineError("ENVIRONMENT-EXTRA", f"{folder / 'tokenizer.json'} needs the package tokenizers: pip install -c constraints.txt -e '.[hub]'",
-                              ENVIRONMENT) from error
         path = folder / "tokenizer.json"
+        tokenizers = extra("tokenizers", path)
         try:
             self.model = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises bare Exception
