@@ -41,6 +41,7 @@ class Model:
     init: str = option("pretrained", "where weights come from: the folder, or random by its config.json", ("pretrained", "random"))
     dtype: str = option("fp32", "type of frozen weights; trained ones are fp32, and bf16 with optim.name=adamw_bf16", ("fp32", "bf16", "fp16"))
     dropout: float = option(0.0, "share of each block's two outputs zeroed in training", low=0, high=0.9)
+    add_tokens: list[str] = option([], "control tokens added to the tokenizer; their embeddings start as the mean of the others")
 
 
 @dataclass
@@ -326,6 +327,10 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "lora.targets", "is empty; name at least one linear layer, or set lora.rank=0 to train all weights"
     if recipe.lora.used and recipe.model.init == "random":
         yield "lora.rank", "needs a pretrained base, got model.init=random; set lora.rank=0"
+    if recipe.model.add_tokens and recipe.lora.rank and len(recipe.lora.modules_to_save) < 2:
+        yield "model.add_tokens", "with LoRA needs lora.modules_to_save=[embed_tokens, lm_head], for the new rows to be trained"
+    if len(set(recipe.model.add_tokens)) < len(recipe.model.add_tokens) or "" in recipe.model.add_tokens:
+        yield "model.add_tokens", f"got {recipe.model.add_tokens}, expected names that differ"
     if recipe.lora.start:
         if not (Path(recipe.lora.start) / "adapter_config.json").is_file():
             yield "lora.start", f"got {recipe.lora.start}, expected a folder with adapter_config.json"

@@ -54,10 +54,12 @@ class Exporter:
         rows: the first export.verify_rows of them are what models are compared on.
         precision: the arithmetic of both sides of a comparison.
         base: what cfg.model.path means.
+        words: the tokenizer's folder.
     """
 
-    def __init__(self, model: nn.Module, cfg: Recipe, rows: Dataset, precision: Precision, base: Base) -> None:
-        self.model, self.cfg, self.precision, self.base, self.source = model, cfg, precision, base, base.folder
+    def __init__(self, model: nn.Module, cfg: Recipe, rows: Dataset, precision: Precision, base: Base, words: Path) -> None:
+        self.model, self.cfg, self.precision, self.base, self.words = model, cfg, precision, base, words
+        self.config = {**weights.read_config(base.folder), "vocab_size": model.config.vocab_size}
         ends = rows.offsets[1 : cfg.export.verify_rows + 1]
         self.rows = [torch.from_numpy(rows.tokens[start:end][:TOKENS_OF_A_ROW].astype("int64"))
                      for start, end in zip(rows.offsets, ends, strict=False)]
@@ -119,21 +121,20 @@ class Exporter:
     def _write_adapter(self, folder: Path) -> None:
         folder.mkdir()
         adapter.save(self.model, folder, self.base.name, self.cfg.lora.dropout, self.base.commit)
-        copy_tokenizer(self.source, folder)
+        copy_tokenizer(self.words, folder)
 
     def _read_adapter(self, folder: Path) -> nn.Module:
         """On the base as its folder has it, in the recipe's types."""
-        model = self._build(self.source, DTYPES[self.cfg.model.dtype])
+        model = self._build(self.base.folder, DTYPES[self.cfg.model.dtype])
         adapter.load(model, folder)
         return model
 
     def _write_model(self, folder: Path) -> None:
         folder.mkdir()
-        config = weights.read_config(self.source)
-        weights.write_folder(folder, config, self._tensors())
-        copy_tokenizer(self.source, folder)
-        path, tokenizer, template = folder / "generation_config.json", load_tokenizer(self.source), self.cfg.data.template
-        settings = read_json(path) or {key: config[key] for key in ("bos_token_id", "pad_token_id") if key in config}
+        weights.write_folder(folder, self.config, self._tensors())
+        copy_tokenizer(self.words, folder)
+        path, tokenizer, template = folder / "generation_config.json", load_tokenizer(self.words), self.cfg.data.template
+        settings = read_json(path) or {key: self.config[key] for key in ("bos_token_id", "pad_token_id") if key in self.config}
         end = end_of(template, tokenizer)  # others look here for what ends an answer
         settings["eos_token_id"] = [end, *sorted(more)] if (more := stops(template, tokenizer) - {end}) else end
         path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -142,7 +143,7 @@ class Exporter:
         return self._build(folder, DTYPES[self.cfg.export.dtype])
 
     def _write_gguf(self, path: Path) -> None:
-        gguf_out.write(path, weights.read_config(self.source), self._tensors(), self.source, self.cfg.export.gguf_type)
+        gguf_out.write(path, self.config, self._tensors(), self.words, self.cfg.export.gguf_type)
 
     def _read_gguf(self, path: Path) -> nn.Module:
         """By way of a folder, as a user would who converts it back."""

@@ -112,7 +112,7 @@ class Answerer:
     def __init__(self, args: argparse.Namespace) -> None:
         import torch
 
-        from engine.data.tokenizer import load_tokenizer, stops
+        from engine.data.tokenizer import VOCABULARIES, load_tokenizer, stops
         from engine.export import load_for_inference, template_of
         from engine.precision import DTYPES
 
@@ -128,7 +128,8 @@ class Answerer:
         if self.template not in TEMPLATES:
             raise EngineError("GENERATE-TEMPLATE", f"{folder}: names the template {noted!r}, expected one of {', '.join(TEMPLATES)}")
         self.system = args.system if args.system is not None else system if self.template == noted else None
-        self.tokenizer = load_tokenizer(base)
+        own = args.adapter and any((args.adapter / name).is_file() for name in VOCABULARIES)  # it may have tokens that the base lacks
+        self.tokenizer = load_tokenizer(args.adapter if own else base, base)
         self.stops = stops(self.template, self.tokenizer)
         self.model = load_for_inference(base, args.adapter, DTYPES[dtype], torch.device("cuda" if on_cuda else "cpu"))
         if self.tokenizer.size > self.model.config.vocab_size:

@@ -1,8 +1,9 @@
 """A file or folder that is there whole or not at all: made under a temporary name beside its own, renamed at the end."""
 
+import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,9 +25,32 @@ def published(target: Path) -> Iterator[Path]:
         remove(target)
         os.rename(building, target)
     except OSError as error:
-        raise EngineError("ENVIRONMENT-DISK", f"{target}: cannot be written: {error}; free some space or name another place", ENVIRONMENT) from error
+        raise _unwritable(target, error) from error
     finally:
         remove(building)
+
+
+def built_once(target: Path, build: Callable[[Path], None]) -> Path:
+    """`target`, made by `build` where it is not there. One process of a node makes it, the others wait.
+
+    Args:
+        build: writes the file or folder whose name it is given.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = target.with_name(f"{target.name}.lock").open("w")
+    except OSError as error:
+        raise _unwritable(target, error) from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            with published(target) as building:
+                build(building)
+    return target
+
+
+def _unwritable(target: Path, error: OSError) -> EngineError:
+    return EngineError("ENVIRONMENT-DISK", f"{target}: cannot be written: {error}; free some space or name another place", ENVIRONMENT)
 
 
 def remove(path: Path) -> None:

@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     from engine import adapter, checkpoint, distributed, export, hub, lora, metrics, optim, precision, report, rundir
     from engine.attention import PackedAttention
     from engine.attention import choose as choose_attention
-    from engine.data import chat_template, dataset, loader
+    from engine.data import added_tokens, chat_template, dataset, loader
     from engine.data.plan import Plan
     from engine.data.tokenizer import load_tokenizer
     from engine.dropout import DropoutKeys
@@ -37,10 +37,10 @@ def main(argv: list[str]) -> int:
 
         # ---- Data: tokenised, packed and checked before ranks wait for each other -----------------------------------
         base = hub.resolve(cfg.model.path, cfg.model.init == "pretrained", rundir.commit_of_base(run, cfg.model.path))
-        source = base.folder
-        tokenizer, family = load_tokenizer(source), weights.read_config(source)
+        source, words = base.folder, added_tokens.extend(base.folder, cfg.model.add_tokens, Path(cfg.data.cache))
+        tokenizer, family = load_tokenizer(words), weights.read_config(source)
         rows, held_out = dataset.load_both(cfg.data, tokenizer)
-        dataset.check_fit(rows, tokenizer, family, cfg.data.max_length)
+        dataset.check_fit(rows, tokenizer, family, cfg.data.max_length, len(cfg.model.add_tokens))
         if rank == 0:
             chat_template.check(source, cfg.data, tokenizer)
         plan = Plan(rows.lengths, rows.targets_per_row(), cfg.data.max_length, cfg.train.global_batch, cfg.data.packing,
@@ -59,6 +59,8 @@ def main(argv: list[str]) -> int:
         keys = DropoutKeys(cfg.train.seed)
         model = weights.build(source, cfg.model.init, cfg.train.seed, precision.DTYPES[cfg.model.dtype], types.residual, device,
                               cfg.train.activation_checkpointing, cfg.model.dropout, keys)
+        if cfg.model.add_tokens:
+            weights.add_rows(model, tokenizer.size - len(cfg.model.add_tokens), tokenizer.size)
         if cfg.lora.start:
             adapter.load(model, Path(cfg.lora.start), cfg.lora.dropout, keys)
         elif cfg.lora.rank:
@@ -173,7 +175,7 @@ def main(argv: list[str]) -> int:
             judged = evaluation.run(model, whole=True)
         exported, frozen_digest = {}, None
         if world.is_first:
-            exported = export.Exporter(model, cfg, held_out or rows, types, base).run(run / "export")
+            exported = export.Exporter(model, cfg, held_out or rows, types, base, words).run(run / "export")
             frozen_digest = weights.identity(model, source, cfg.model.init) if cfg.lora.used else None
             assert frozen_digest in (None, identity["weights"]), "frozen weights have changed"
         log.hparams(cfg, judged.scalars if judged else {})

@@ -108,7 +108,7 @@ def test_agreement_is_measured_in_nats_and_shares(recipe, tiny, tmp_path):
     ours, other = load(tiny), load(tiny)
     with torch.no_grad():
         other.model.layers[1].mlp.up_proj.weight.mul_(1.5)
-    found = export.Exporter(ours, cfg, rows, precision.choose("fp32", None, CPU), hub.resolve(str(tiny))).compare(other)
+    found = export.Exporter(ours, cfg, rows, precision.choose("fp32", None, CPU), hub.resolve(str(tiny)), tiny).compare(other)
     kl, same, largest, tokens = 0.0, 0, 0.0, 0
     for start, end in zip(rows.offsets[:3], rows.offsets[1:4], strict=True):
         ids = torch.from_numpy(rows.tokens[start:end].astype("int64"))

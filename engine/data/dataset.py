@@ -5,11 +5,8 @@
     ledger.json     what became of every line
 """
 
-import fcntl
 import hashlib
 import json
-import os
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +19,8 @@ from engine.config import Data
 from engine.data.formats import Row, read_rows
 from engine.data.template import TEMPLATES
 from engine.data.tokenizer import Tokenizer, end_of, tokenise
-from engine.errors import ENVIRONMENT, EngineError
+from engine.errors import EngineError
+from engine.publish import built_once
 
 VERSION = 2  # of the arrays' meaning; a change makes old caches strangers
 BATCH = 1024  # rows tokenised in one call
@@ -66,15 +64,7 @@ def load_dataset(path: Path, tokenizer: Tokenizer, template: str, max_length: in
     key = {"version": VERSION, "content": content.hexdigest(), "tokenizer": tokenizer.digest, "template": template,
            "system": system, "max_length": max_length, "too_long": too_long}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    folder = cache / digest[:24]
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with (cache / f"{folder.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not folder.is_dir():
-                _build(folder, path, tokenizer, template, max_length, too_long, system)
-    except OSError as error:
-        raise EngineError("ENVIRONMENT-CACHE", f"{cache}: cannot be written: {error}; set data.cache", ENVIRONMENT) from error
+    folder = built_once(cache / digest[:24], lambda building: _build(building, path, tokenizer, template, max_length, too_long, system))
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("tokens", "supervised", "offsets", "lines")}
     return Dataset(path, **arrays, ledger=json.loads((folder / "ledger.json").read_text(encoding="utf-8")), digest=digest)
 
@@ -112,15 +102,12 @@ def _build(folder: Path, path: Path, tokenizer: Tokenizer, template: str, max_le
     if not lines:
         raise EngineError("DATA-EMPTY", f"{path}: none of {ledger['rows']} rows can be trained on; the first: line "
                           f"{ledger['rejected'][0]['line']}, {ledger['rejected'][0]['reason']}")
-    building = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir()
-    np.save(building / "tokens.npy", np.concatenate(tokens))
-    np.save(building / "supervised.npy", np.concatenate(supervised))
-    np.save(building / "offsets.npy", np.asarray(offsets, dtype=np.int64))
-    np.save(building / "lines.npy", np.asarray(lines, dtype=np.int64))
-    (building / "ledger.json").write_text(json.dumps(ledger), encoding="utf-8")
-    os.rename(building, folder)
+    folder.mkdir()
+    np.save(folder / "tokens.npy", np.concatenate(tokens))
+    np.save(folder / "supervised.npy", np.concatenate(supervised))
+    np.save(folder / "offsets.npy", np.asarray(offsets, dtype=np.int64))
+    np.save(folder / "lines.npy", np.asarray(lines, dtype=np.int64))
+    (folder / "ledger.json").write_text(json.dumps(ledger), encoding="utf-8")
 
 
 def _tokenise(rows: list[Row], tokenizer: Tokenizer, template: str, system: str | None) -> list[tuple[list[int], list[bool]]]:
@@ -135,11 +122,11 @@ def load_both(cfg: Data, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | None]
                  for path in (cfg.train, cfg.validation))
 
 
-def check_fit(dataset: Dataset, tokenizer: Tokenizer, model: dict[str, Any], max_length: int) -> None:
+def check_fit(dataset: Dataset, tokenizer: Tokenizer, model: dict[str, Any], max_length: int, added: int = 0) -> None:
     """Raises EngineError where data or tokenizer go beyond a model, given its config.json: ids past the embedding, lengths
-    past the positions."""
+    past the positions. The last `added` of the tokenizer's ids get rows of their own."""
     highest = int(dataset.tokens.max())
-    if tokenizer.size > model["vocab_size"] or highest >= model["vocab_size"]:
+    if tokenizer.size - added > model["vocab_size"] or highest >= max(model["vocab_size"], tokenizer.size):
         raise EngineError("DATA-VOCABULARY", f"the tokenizer has {tokenizer.size} ids, the model's vocab_size is {model['vocab_size']}, the data's "
                           f"highest id {highest}; use the tokenizer that belongs to the model")
     positions = model.get("max_position_embeddings", 2048)

@@ -15,8 +15,9 @@ from engine.data.formats import Row
 from engine.data.template import TEMPLATES, Segment
 from engine.errors import EngineError, extra
 
-# What besides the vocabulary a folder may hold that other tools need to use it.
-COMPANIONS = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+# Files of a tokenizer, the last three for other tools to use it.
+VOCABULARIES = ("tokenizer.json", "tokenizer.model")
+COMPANIONS = (*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 class Tokenizer(Protocol):
@@ -37,10 +38,11 @@ class Tokenizer(Protocol):
     def show(self, ids: Sequence[int]) -> str: ...  # with control tokens
 
 
-def load_tokenizer(folder: Path) -> "Tokenizer":
+def load_tokenizer(folder: Path, model: Path | None = None) -> "Tokenizer":
+    """The tokenizer of a folder; `model`: the model's folder, where it is another."""
     settings, generation = read_json(folder / "tokenizer_config.json"), read_json(folder / "generation_config.json")
     if (folder / "tokenizer.json").is_file():
-        return JsonTokenizer(folder, settings, generation, read_json(folder / "config.json"))
+        return JsonTokenizer(folder, settings, generation, read_json((model or folder) / "config.json"))
     if (folder / "tokenizer.model").is_file():
         return SentencePiece(folder, settings, generation)
     raise EngineError("TOKENIZER-FILE", f"{folder}: has neither tokenizer.model nor tokenizer.json")
