@@ -224,6 +224,15 @@ def test_first_fetched_then_cached_then_renewed(server, resolve, files):
     assert resolve(f"{NAME}@{first}", HF_HUB_OFFLINE="1") == (DONE, base, "")
 
 
+def test_what_is_fetched_of_a_large_repository(server, resolve):
+    wanted = {"config.json", "generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+              "chat_template.jinja", "model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
+    others = {"pytorch_model.bin.index.json", "flax_model.msgpack", "model.gguf", "modeling_own.py", "fp16/model.safetensors", "fp16/config.json"}
+    server.push({name: name.encode() for name in wanted | others})
+    assert {path.name for path in resolve(NAME, "random")[1].folder.iterdir()} == {name for name in wanted if "safetensors" not in name}
+    assert {path.name for path in resolve(NAME)[1].folder.iterdir()} == wanted
+
+
 def test_a_revision_is_a_branch_a_pull_request_or_a_commit(server, resolve, files):
     main = server.push(files)
     branch = server.push({**files, "config.json": files["config.json"] + b"\n"}, branch="v1.0")
@@ -302,7 +311,8 @@ def test_processes_at_once_fetch_each_file_once(server, start, files, ranks):
     assert [(code, base.commit) for code, base, _ in found] == [(DONE, commit)] * 2
     for name in FETCHED:
         assert [(method, server.count(method, f"/{name}")) for method in ("HEAD", "GET")] == [("HEAD", 1), ("GET", 1)], name
-    assert "waiting" in "".join(err for _, _, err in found) or ranks[0] == "1"
+    waited = "".join(err for _, _, err in found).count("waiting")
+    assert waited == (ranks == ("0", "0")), "beside rank 0, which shows progress, another waits"
 
 
 @pytest.mark.parametrize("how", ["closed", "stuck"])
@@ -396,6 +406,12 @@ def test_ranks_that_found_different_commits_stop():
         Base(Path("a"), "org/name", "1").check_same(["1", "2"])
     with pytest.raises(EngineError, match="1, a folder"):
         Base(Path("a"), "org/name").check_same(["", "1"])
+
+
+def test_training_stops_where_ranks_found_different_commits(ranks, recipe, tiny, monkeypatch):
+    monkeypatch.setattr(hub, "resolve", lambda *_: Base(tiny, "org/name", os.environ["RANK"]))
+    started = ranks(2, recipe())
+    assert started.wait() == [USER, USER] and "ranks found different models: 0, 1" in started.log.read_text()
 
 
 def test_a_run_from_the_hub_names_its_base_everywhere(server, files, environment, tmp_path):
