@@ -92,7 +92,7 @@ class Repository:
             info = self.hub.HfApi().model_info(self.name, revision=self.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         except Exception as error:  # of the package, of its HTTP client, of JSON that is none
             return self.without_hub(error)
-        names = [file.rfilename for file in info.siblings]
+        names = [file.rfilename for file in info.siblings or ()]
         folder = self.whole(info.sha, names) or self.fetch(info.sha, names)
         self.remember(folder)
         return folder
