@@ -153,13 +153,18 @@ def test_gguf_holds_the_weights_to_its_types_rounding(blocks_of_32, tmp_path, dt
     assert (tmp_path / "back/tokenizer.model").exists()
 
 
-def test_gguf_is_read_by_transformers_with_the_same_logits(tiny, tmp_path):
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16", "q8_0"])
+def test_gguf_is_read_by_transformers_with_the_same_logits(blocks_of_32, tmp_path, dtype):
+    """Those of the weights as their type holds them; how near that is to the model is the test above."""
     transformers = pytest.importorskip("transformers")
-    convert.main([str(tiny), str(tmp_path / "out.gguf"), "--dtype", "fp32"])
+    convert.main([str(blocks_of_32), str(tmp_path / "out.gguf"), "--dtype", dtype])
+    gguf_in.to_folder(tmp_path / "out.gguf", tmp_path / "back", "fp32")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="out.gguf", dtype=torch.float32).eval()
     ids = torch.randint(340, (50,), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
-        assert (theirs(ids[None]).logits[0] - logits(load(tiny))).abs().max() <= 1e-5
+        expected, exact = theirs(ids[None]).logits[0], logits(load(blocks_of_32))
+        assert (expected - logits(load(tmp_path / "back"))).abs().max() <= 1e-5
+        assert (expected - exact).abs().max() <= {"fp32": 1e-5, "fp16": 0.005, "bf16": 0.05, "q8_0": 0.1}[dtype] * exact.std()
 
 
 def test_what_gguf_cannot_say_is_refused_by_name(tiny, tmp_path):

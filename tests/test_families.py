@@ -1,12 +1,14 @@
 """Every family against transformers' own: a random model saved by it and loaded here, weights never touched by hand."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from engine import train
 from engine.attention import PackedAttention
 from engine.errors import EngineError
 from engine.models import FAMILIES, weights
@@ -110,6 +112,26 @@ def test_what_is_written_is_read_by_transformers_with_the_same_logits(pair, tmp_
     weights.write_folder(tmp_path / "out", weights.read_config(folder), weights.untied(load(folder)))
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
     assert torch.equal(again(IDS[None]).logits, theirs(IDS[None]).logits)
+
+
+@pytest.mark.parametrize("case", ["llama 3.2, tied", "mistral, window", "qwen2", "qwen3", "phi 3, window", "gemma 3"])
+def test_a_run_leaves_what_transformers_and_peft_load(case, recipe, tiny, tmp_path):
+    """Adapters on every linear layer under the names that the family has in other tools, and the model with them merged."""
+    peft = pytest.importorskip("peft")
+    kind, changes = CASES[case]
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **{**SMALL, **changes, "vocab_size": 340}, attn_implementation="eager")
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    shutil.copy(tiny / "tokenizer.model", tmp_path / "base")
+    train.main(recipe(f"model.path={tmp_path / 'base'}", "lora.rank=4", "lora.targets=[all-linear]", "data.packing=true", "train.max_steps=3",
+                      "export.kinds=[adapter,model]"))
+    out, ids = tmp_path / "runs/run/export", torch.arange(60)[None]
+    with torch.no_grad():
+        base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
+        before = base(ids).logits
+        adapted = peft.PeftModel.from_pretrained(base, out / "adapter")(ids).logits
+        merged = transformers.AutoModelForCausalLM.from_pretrained(out / "model", attn_implementation="eager")(ids).logits
+    assert (adapted - before).abs().max() > 1e-3 and (adapted - merged).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("path", ["sdpa", "cpu", "reference"])

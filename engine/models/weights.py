@@ -132,7 +132,7 @@ def _files_by_name(folder: Path) -> dict[str, Path]:
             return {name: single for name in file.keys()}
     if pickled := [*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.pt")]:
         raise EngineError("MODEL-PICKLE", f"{pickled[0]}: is a pickle, which can run code when read, and is never loaded; "
-                          "convert it to safetensors where you trust it", SECURITY)
+                          f"where you trust it, convert it: transformers.AutoModelForCausalLM.from_pretrained('{folder}').save_pretrained('NEW')", SECURITY)
     raise EngineError("MODEL-WEIGHTS", f"{folder}: has neither model.safetensors nor {INDEX}; set model.init=random to start without weights")
 
 
