@@ -225,7 +225,7 @@ class Tree:
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def run(self, extras: str = "hub") -> tuple[int, list[str], str]:
-        """Exit code, what was made ("venv", "hub", "dev") and stderr."""
+        """Exit code, what was made ("venv", "hub", "dev", a package) and stderr."""
         self.write("calls")
         process = self.start(extras)
         out, err = process.communicate(timeout=20)
@@ -235,7 +235,7 @@ class Tree:
 
     def made(self) -> list[str]:
         calls = (self.folder / "calls").read_text().splitlines()
-        return ["venv" if "venv" in call else call[-4:-1] for call in calls if call.startswith(("-m venv", "-m pip install -c"))]
+        return ["venv" if "venv" in call else call.split()[-1].strip(".[]") for call in calls if call.startswith(("-m venv", "-m pip install -c"))]
 
 
 @pytest.fixture
@@ -251,7 +251,7 @@ def test_the_first_call_installs_and_the_second_only_looks(tree):
 
 def test_a_dev_environment_serves_hub_and_not_the_other_way(tree):
     tree.run()
-    assert tree.run("dev")[1] == ["dev"]
+    assert tree.run("dev")[1] == ["dev", "mistral-common"]
     assert tree.run("hub")[1] == [] and tree.run("dev")[1] == []
 
 
