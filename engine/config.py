@@ -49,7 +49,7 @@ class Data:
     train: str = option("", "JSONL file of training rows: instruction, input, output")
     validation: str | None = option(None, "JSONL file of held-out rows of the same form; none: no evaluation")
     template: str = option("alpaca", "how a row becomes a prompt",
-                           ("alpaca", "chatml", "llama2", "llama3", "llama3.1", "mistral", "plain", "qwen"))
+                           ("alpaca", "chatml", "gemma", "llama2", "llama3", "llama3.1", "mistral", "plain", "qwen", "qwen3"))
     system: str | None = option(None, "system prompt of every row, for chat templates: all but alpaca and plain")
     max_length: int = option(2048, "tokens in a sequence, template and end-of-sequence included", low=2)
     too_long: str = option("error", "a row over max_length", ("error", "truncate", "drop"))

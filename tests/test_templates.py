@@ -30,13 +30,15 @@ JINJA = ROOT / "tests" / "chat_templates"
 LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # words as Llama 3 and Qwen 2 cut them
 SMOLLM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 CONTROL = {"llama2": [], "llama3": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], "mistral": ["[INST]", "[/INST]"],
-           "chatml": ["<|im_start|>", "<|im_end|>"]}
+           "chatml": ["<|im_start|>", "<|im_end|>"], "qwen3": ["<|im_start|>", "<|im_end|>", "<think>", "</think>"],
+           "gemma": ["<start_of_turn>", "<end_of_turn>"]}
 # A model's own template, the kind of its tokenizer, its control tokens, and which template and system prompt of ours stand for it.
 OWN = [("llama2", "sentencepiece", "llama2", "llama2", None), ("llama2", "bpe", "llama2", "llama2", None),
        ("llama3", "bpe", "llama3", "llama3", None), ("llama3.1", "bpe", "llama3", "llama3.1", None),
        ("mistral", "sentencepiece", "mistral", "mistral", None), ("mistral", "bpe", "mistral", "mistral", None),
        ("mistral", "metaspace", "mistral", "mistral", None), ("llama2", "metaspace", "llama2", "llama2", None),
        ("qwen2", "bpe", "chatml", "qwen", "You are a helpful assistant."), ("qwen2.5", "bpe", "chatml", "qwen", None),
+       ("qwen3", "bpe", "qwen3", "qwen3", None), ("gemma3", "bpe", "gemma", "gemma", None),
        ("smollm2", "bpe", "chatml", "chatml", SMOLLM), ("smollm2", "metaspace", "chatml", "chatml", SMOLLM)]
 ROWS = [
     {"instruction": "Name a cat.", "input": "", "output": "Tom"},
@@ -81,7 +83,7 @@ def make_tokenizer(folder: Path, kind: str, control: list[str], own: str | None 
         model = tokenizers.Tokenizer.from_str(json.dumps(saved))
         if kind == "metaspace":
             model.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-        if "chatml" not in str(folder):
+        if "<|im_start|>" not in control:
             model.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
         model.save(str(folder / "tokenizer.json"))
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -156,7 +158,7 @@ def test_ids_are_those_of_the_models_own_template(folders, tmp_path, own, kind, 
             part = slice(*data.offsets[number : number + 2])
             ids, supervised = data.tokens[part].tolist(), data.supervised[part].tolist()
             asked = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": question(Row(1, **row))}]
-            prompt = ids_of_own_template(jinja, folder, tokenizer, asked, add_generation_prompt=True)
+            prompt = ids_of_own_template(jinja, folder, tokenizer, asked, add_generation_prompt=True, enable_thinking=False)
             assert ids[: len(prompt)] == prompt == prompt_ids(Row(1, **row), template, tokenizer, system or unasked), row
             if own == "mistral" and system:  # its own template leaves the system prompt out where there is an answer
                 whole = prompt + ids_of_own_template(jinja, folder, tokenizer, [*asked[1:], {"role": "assistant", "content": row["output"]}])[

@@ -74,7 +74,7 @@ def folders(tmp_path_factory):
 
     def folder(kind: str) -> Path:
         if kind == "mistral" and bundled() is None:
-            pytest.skip("no mistral_common here: pip install --no-deps mistral-common==1.13.1 (its own dependencies hold numpy back)")
+            pytest.skip("no mistral_common here: pip install --no-deps mistral-common==1.13.1")
         if kind not in made:
             folder = tmp_path_factory.mktemp(kind)
             settings = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": "PreTrainedTokenizerFast"}

@@ -64,6 +64,20 @@ def qwen(row: Row, system: str | None) -> list[Segment]:
     return chatml(row, "You are Qwen, created by Alibaba Cloud. You are a helpful assistant." if system is None else system)
 
 
+def qwen3(row: Row, system: str | None) -> list[Segment]:
+    """ChatML whose answers begin with an empty thought, as Qwen 3 writes where it is told not to think."""
+    *prompt, _ = chatml(row, system)
+    thought = [Segment("<think>", special=True), Segment("\n\n"), Segment("</think>", special=True), Segment("\n\n")]
+    return [*prompt, *thought, Segment(row.output.lstrip("\n"), supervised=True)]
+
+
+def gemma(row: Row, system: str | None) -> list[Segment]:
+    """<start_of_turn>user … <end_of_turn> <start_of_turn>model …; the system prompt begins the user's turn."""
+    start, end = Segment("<start_of_turn>", special=True), Segment("<end_of_turn>", special=True)
+    asked = question(row).strip() if system is None else f"{system}\n\n{question(row).strip()}"
+    return [start, Segment(f"user\n{asked}"), end, Segment("\n"), start, Segment("model\n"), Segment(row.output.strip(), supervised=True)]
+
+
 def llama2(row: Row, system: str | None) -> list[Segment]:
     """[INST] … [/INST], which are text and no control tokens; the system prompt stands between <<SYS>> and <</SYS>>."""
     asked = question(row) if system is None else f"<<SYS>>\n{system}\n<</SYS>>\n\n{question(row)}"
@@ -105,4 +119,5 @@ def _header(role: str) -> list[Segment]:
 
 TEMPLATES = {"alpaca": Template(alpaca, chat=False), "plain": Template(plain, chat=False), "chatml": Template(chatml, "<|im_end|>"),
              "llama2": Template(llama2), "llama3": Template(llama3, "<|eot_id|>"), "llama3.1": Template(llama31, "<|eot_id|>"),
-             "mistral": Template(mistral), "qwen": Template(qwen, "<|im_end|>")}
+             "mistral": Template(mistral), "qwen": Template(qwen, "<|im_end|>"),
+             "qwen3": Template(qwen3, "<|im_end|>"), "gemma": Template(gemma, "<end_of_turn>")}
