@@ -15,7 +15,8 @@ from engine.data.template import TEMPLATES
 from engine.data.tokenizer import JsonTokenizer, end_of, load_tokenizer, prompt_ids
 from engine.errors import USER, EngineError
 
-SPECIALS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "[INST]", "[/INST]"]
+SPECIALS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "[INST]", "[/INST]",
+            "<think>", "</think>", "<start_of_turn>", "<end_of_turn>"]
 
 
 @pytest.fixture(scope="session")

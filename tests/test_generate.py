@@ -30,7 +30,8 @@ from engine.sampling import Sampling, _choose, generate
 CPU = torch.device("cpu")
 PROMPTS = [[5, 9, 200, 31], [7], list(range(40, 75)), [300, 3, 3, 8, 90, 14], [11] * 20]
 NEVER = ()
-CONTROL = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "[INST]", "[/INST]"]
+CONTROL = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "[INST]", "[/INST]", "<think>", "</think>",
+           "<start_of_turn>", "<end_of_turn>"]
 TEXTS = ["你好，世界！今天是2024年。", "🙂🤖 emoji 👩‍👩‍👧 done", " two  spaces\n\n  lines", "plain words, one two three", "é ß ½"]
 
 
