@@ -81,38 +81,42 @@ def load(model: nn.Module, folder: Path, dropout: float = 0.0, keys: DropoutKeys
         EngineError: an adapter of a kind this engine does not compute, or whose tensors do not fit.
     """
     config, tensors = _read(folder)
-    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-    whole = [name for name, path in WHOLE.items() if f"{path}.weight" in tensors]
-    layers, wanted, problems = {}, {}, []
-    linear = lora.linear_layers(model)
+    whole = {name: tensors.pop(f"{path}.weight") for name, path in WHOLE.items() if f"{path}.weight" in tensors}
+    linear, layers, wanted, problems = lora.linear_layers(model), {}, {}, _misfits(model, whole, bool(config.get("ensure_weight_tying")))
     for name in sorted(key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")):
         if name not in linear:
             problems.append(f"{name}: the base has no such linear layer")
             continue
-        alpha = lora.of(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
-        layers[name] = module = LoRALinear(linear[name], len(tensors[f"{name}.lora_A.weight"]), alpha, dropout, keys or DropoutKeys(0), 0,
+        rank, alpha = max(1, len(tensors[f"{name}.lora_A.weight"])), lora.of(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
+        layers[name] = module = LoRALinear(linear[name], rank, alpha, dropout, keys or DropoutKeys(0), 0,
                                            bool(config.get("use_rslora")), bool(config.get("use_dora")))
         wanted |= {f"{name}.lora_A.weight": module.lora_A, f"{name}.lora_B.weight": module.lora_B}
         if module.lora_magnitude_vector is not None:
             wanted[f"{name}.lora_magnitude_vector"] = module.lora_magnitude_vector
-    sizes = {key: list(parameter.shape) for key, parameter in wanted.items()} | {f"{WHOLE[name]}.weight": None for name in whole}
-    problems += [f"{key}: file has {list(tensors[key].shape) if key in tensors else 'nothing'}, the base wants {sizes.get(key, 'nothing')}"
-                 for key in sorted(sizes.keys() | tensors.keys()) if key not in sizes or key not in tensors
-                 or sizes[key] is not None and sizes[key] != list(tensors[key].shape)]
-    values = {name: tensors[f"{WHOLE[name]}.weight"] for name in whole}
-    problems += [f"{name}: file has {list(matrix.shape)}, the base wants {list(model.lm_head.weight.shape)}, or more rows for tokens that were added"
-                 for name, matrix in values.items() if matrix.shape[1] != model.lm_head.in_features or len(matrix) < len(model.lm_head.weight)]
-    if model.config.tie_word_embeddings and values and not (config.get("ensure_weight_tying") or len(values) == 2 and torch.equal(*values.values())):
-        problems.append("the base has one matrix as embedding and head, the adapter has two that differ")
+    sizes, found = ({key: list(tensor.shape) for key, tensor in some.items()} for some in (wanted, tensors))
+    problems += [f"{key}: file has {found.get(key, 'nothing')}, the base wants {sizes.get(key, 'nothing')}"
+                 for key in sorted(sizes.keys() | found.keys()) if sizes.get(key) != found.get(key)]
     if problems or not layers:
         raise EngineError("LORA-WEIGHTS", f"{folder}: the adapter does not fit the base model:\n" +
-                          "\n".join(f"  {one}" for one in problems[:10] or ["it is empty"]))
+                          "\n".join(f"  {one}" for one in problems[:10] or ["it has no adapter on a linear layer"]))
     lora.swap(model, layers)
     for key, parameter in wanted.items():
         parameter.copy_(tensors[key])
-    for name, matrix in values.items():
+    for name, matrix in whole.items():
         lora.train_whole(model, name, matrix)
         model.config = dataclasses.replace(model.config, vocab_size=len(matrix))  # more than the base's where tokens were added
+
+
+def _misfits(model: nn.Module, whole: dict[str, Tensor], tied: bool) -> list[str]:
+    """Why an adapter's embedding and head cannot take the place of the base's. `tied`: the adapter has one for both."""
+    wanted = list(model.lm_head.weight.shape)
+    problems = [f"{name}: file has {list(matrix.shape)}, the base wants {wanted}, or more rows for tokens that were added"
+                for name, matrix in whole.items() if matrix.dim() != 2 or matrix.shape[1] != wanted[1] or len(matrix) < wanted[0]]
+    if whole and model.config.tie_word_embeddings and not (tied or len(whole) == 2 and torch.equal(*whole.values())):
+        problems.append("the base has one matrix as embedding and head, with the adapter they would differ")
+    if len({len(matrix) for matrix in whole.values()}) > 1 or not tied and len(whole) == 1 and any(len(matrix) != wanted[0] for matrix in whole.values()):
+        problems.append("embedding and head would differ in their number of rows")
+    return problems
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -122,8 +126,10 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise EngineError("LORA-PICKLE", f"{folder / 'adapter_model.bin'}: is a pickle, which can run code when read, and is never loaded; load it "
                               "with PEFT where you trust it and save it again, which writes safetensors", SECURITY)
         config, tensors = json.loads(path.read_text(encoding="utf-8")), load_file(folder / WEIGHTS)
-        config["lora_alpha"], config["peft_type"]
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        alphas = [config["lora_alpha"], *(config.get("alpha_pattern") or {}).values()]
+        if not all(type(alpha) in (int, float) for alpha in alphas):
+            raise ValueError(f"lora_alpha and alpha_pattern: got {alphas}, expected numbers")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise EngineError("LORA-FOLDER", f"{folder}: cannot be read as an adapter: {error}; expected PEFT's layout") from error
     odd = [f"{key}={value!r}" for key, value in config.items() if key not in KNOWN and value not in (None, False, [], {})]
     odd += [f"{key}={config[key]!r}" for key, good in (("peft_type", ("LORA",)), ("bias", ("none",)), ("init_lora_weights", PLAIN_STARTS))
@@ -132,7 +138,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if odd:
         raise EngineError("LORA-KIND", f"{path}: has {', '.join(odd)}, which is not computed here; "
                           "expected LoRA, rsLoRA or DoRA on linear layers of an unchanged base")
-    return config, tensors
+    return config, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
 
 
 def digest(folder: Path) -> str:
