@@ -243,3 +243,34 @@ def test_adapters_that_do_not_fit_are_refused_by_name(base, tmp_path):
     with pytest.raises(EngineError, match="is a pickle") as caught:
         loaded(base, tmp_path)
     assert caught.value.exit_code == 7
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda tensors: tensors.update(embed=tensors["embed"][:90].clone()), "embed_tokens: file has [90, 32], the base wants [97, 32]"),
+    (lambda tensors: tensors.update(embed=torch.ones(97, 32)), "with the adapter they would differ"),
+    (lambda tensors: tensors.update(embed=torch.ones(99, 32)), "differ"),
+    (lambda tensors: tensors.update(embed=torch.ones(97)), "embed_tokens: file has [97]"),
+    (lambda tensors: tensors.pop("head"), "with the adapter they would differ"),
+])
+def test_an_embedding_that_does_not_fit_is_refused_by_name(base, change, words, tmp_path):
+    model = ours(base, modules_to_save=["embed_tokens", "lm_head"])
+    adapter.save(model, tmp_path, str(base), 0.0)
+    names = {"embed": "base_model.model.model.embed_tokens.weight", "head": "base_model.model.lm_head.weight"}
+    stored = load_file(tmp_path / adapter.WEIGHTS)
+    tensors = {short: stored.pop(name) for short, name in names.items()}
+    change(tensors)
+    save_file({**stored, **{names[short]: tensor for short, tensor in tensors.items()}}, tmp_path / adapter.WEIGHTS)
+    if words == "with the adapter they would differ" and not model.config.tie_word_embeddings:
+        loaded(base, tmp_path)
+        return
+    with pytest.raises(EngineError) as caught:
+        loaded(base, tmp_path)
+    assert words in caught.value.text
+
+
+@pytest.mark.parametrize("changes", [{"lora_alpha": "16"}, {"lora_alpha": None}, {"alpha_pattern": {"q_proj": "x"}}, {"alpha_pattern": [1]}])
+def test_settings_of_odd_types_are_one_line(base, changes, tmp_path):
+    adapter.save(ours(base), tmp_path, str(base), 0.0)
+    (tmp_path / adapter.CONFIG).write_text(json.dumps({**json.loads((tmp_path / adapter.CONFIG).read_text()), **changes}))
+    with pytest.raises(EngineError, match="cannot be read as an adapter"):
+        loaded(base, tmp_path)
