@@ -5,8 +5,10 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sentencepiece
@@ -20,7 +22,7 @@ from engine import generate as command
 from engine.config import Data
 from engine.data import chat_template
 from engine.data.chat_template import difference, own_template, render
-from engine.data.dataset import load_dataset
+from engine.data.dataset import load_both, load_dataset
 from engine.data.formats import Row
 from engine.data.template import TEMPLATES, question
 from engine.data.tokenizer import end_of, load_tokenizer, prompt_ids, stops
@@ -188,7 +190,7 @@ def test_the_check_knows_when_they_agree_and_what_would(folders, tmp_path, own, 
         assert found.endswith("none of ours would be the same") and "Z" in found.split("where its own has")[1]
 
 
-def test_the_end_is_the_templates_own_even_where_eos_is_another(folders, tmp_path):
+def test_the_end_is_the_templates_own_even_where_eos_is_another(folders):
     for template, family, name in (("llama3", "llama3", "<|eot_id|>"), ("qwen", "chatml", "<|im_end|>"), ("chatml", "chatml", "<|im_end|>"),
                                    ("llama2", "llama2", "</s>"), ("mistral", "mistral", "</s>"), ("alpaca", "chatml", "</s>")):
         tokenizer = load_tokenizer(folders("bpe", family))  # eos is </s>, as in a base model
@@ -227,9 +229,6 @@ def test_generation_stops_at_every_end_that_is_listed(tiny, tmp_path, monkeypatc
     monkeypatch.setattr(evaluate, "generate", lambda model, prompts, ends, *rest: (seen.append(ends), [[] for _ in prompts])[1])
     judge = evaluate.Evaluation.__new__(evaluate.Evaluation)
     judge.rows, judge.data, judge.cfg, judge.tokenizer = [Row(1, "a", "", "b")], Data(), config.Evaluate(), tokenizer
-    from contextlib import nullcontext
-    from types import SimpleNamespace
-
     judge.world, judge.precision = SimpleNamespace(rank=0, size=1, is_first=False), SimpleNamespace(context=nullcontext)
     monkeypatch.setattr(evaluate.distributed, "gather_text", lambda text, world: [text])
     judge._answers(None, 1)
@@ -264,6 +263,13 @@ def test_the_cache_knows_the_system_prompt(tiny, tmp_path):
     path, tokenizer = write_rows(tmp_path / "rows.jsonl", ragged_rows(3)), load_tokenizer(tiny)
     made = [load_dataset(path, tokenizer, "llama2", 256, "error", tmp_path / "cache", system) for system in (None, "", "Be brief.", "Be brief.")]
     assert len({one.digest for one in made}) == 3 and made[2].lengths.sum() > made[1].lengths.sum() > made[0].lengths.sum()
+
+
+def test_training_and_held_out_rows_are_asked_with_it(tiny, tmp_path):
+    path, tokenizer = str(write_rows(tmp_path / "rows.jsonl", ragged_rows(1))), load_tokenizer(tiny)
+    for data in load_both(Data(path, path, template="llama2", system="Be brief.", cache=str(tmp_path / "cache")), tokenizer):
+        prompt = prompt_ids(Row(1, **ragged_rows(1)[0]), "llama2", tokenizer, "Be brief.")
+        assert data.tokens[: len(prompt)].tolist() == prompt
 
 
 def test_an_export_is_asked_as_training_did_and_lists_its_ends(recipe, trained, tiny, tmp_path):
@@ -333,7 +339,8 @@ def test_where_the_template_lies(tiny, chatty, tmp_path):
 HOSTILE = {
     "an endless loop": "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
     "a long range": "{% for i in range(10**9) %}{% endfor %}", "a long text": "{{ 'a' * 10**10 }}", "a padded text": "{{ 'a'.ljust(10**10) }}",
-    "a formatted text": "{{ '%10000000000d' % 1 }}", "a large number": "{{ 10**(10**10) }}", "much text": "{% for i in range(90000) %}aaaa{% endfor %}",
+    "a hidden text": "{% set x = 'a' * (600000000 * messages | length) %}", "a formatted text": "{{ '%10000000000d' % 1 }}",
+    "a large number": "{{ 10**(10**10) }}", "much text": "{% for i in range(90000) %}aaaa{% endfor %}",
     "a growing list": "{% set ns = namespace(x=[0]) %}{% for i in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
     "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "depth": "{{" + "(" * 20000 + "1" + ")" * 20000 + "}}",
     "attributes": "{{ ''.__class__.__mro__ }}", "globals": "{{ cycler.__init__.__globals__.os.system('true') }}",
@@ -347,6 +354,7 @@ def test_a_hostile_template_is_refused(what):
     with pytest.raises(EngineError) as caught:
         render(HOSTILE[what], [{"messages": [{"role": "user", "content": "a"}]}])
     assert caught.value.exit_code == SECURITY and "\n" not in caught.value.text and time.monotonic() - began < chat_template.WALL_S + 2
+    assert "not done within" not in caught.value.text, "the limit of CPU time comes first"
 
 
 @pytest.mark.parametrize("trick", ["{{ ''|attr('__class__') }}", "{{ lipsum.__globals__ }}", "{{ '{0.__class__}'.format('a') }}", "{{ self.__init__ }}",
