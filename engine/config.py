@@ -68,7 +68,7 @@ class Lora:
     alpha_pattern: dict[str, float] = option({}, "other alphas, by layer name")
     rslora: bool = option(False, "rsLoRA: scale by alpha / sqrt(rank)")
     dora: bool = option(False, "DoRA: also train the length of each row of the adapted weights")
-    init: str = option("random", "A and B at the start; pissa: the largest singular parts of the weight", ("random", "pissa"))
+    init: str = option("random", "A and B at the start; pissa: the largest singular parts of the weight, seconds a layer to find", ("random", "pissa"))
     modules_to_save: list[str] = option([], "trained whole, in fp32, beside the adapters", ("embed_tokens", "lm_head"))
     start: str | None = option(None, "adapter folder in PEFT layout to go on from; it decides all of the above but dropout")
 

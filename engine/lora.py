@@ -10,12 +10,14 @@ PiSSA   A and B start as the largest singular parts of W, whose product is taken
 
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from engine.dropout import DropoutKeys, KeyedDropout, mix
 from engine.errors import EngineError
@@ -144,9 +146,11 @@ def apply(model: nn.Module, settings: Settings, keys: DropoutKeys, seed: int) ->
         there = sorted({name.rpartition(".")[2] for name in layers})
         which = "no linear layer with an adapter" if all(matched.values()) else "no linear layer"
         raise EngineError("LORA-TARGET", f"{', '.join(idle)} matches {which}; there are: {', '.join(there)}")
-    swap(model, {name: LoRALinear(layer, of(settings.rank_pattern, name, settings.rank), of(settings.alpha_pattern, name, settings.alpha),
-                                  settings.dropout, keys, mix(seed, number), settings.rslora, settings.dora, settings.init == "pissa")
-                 for number, (name, layer) in enumerate((name, layers[name]) for name in chosen)})
+    pissa = settings.init == "pissa"
+    shown = tqdm(chosen, desc="singular values", unit=" layers", leave=False, disable=not (pissa and sys.stderr.isatty()))
+    swap(model, {name: LoRALinear(layers[name], of(settings.rank_pattern, name, settings.rank), of(settings.alpha_pattern, name, settings.alpha),
+                                  settings.dropout, keys, mix(seed, number), settings.rslora, settings.dora, pissa)
+                 for number, name in enumerate(shown)})
     for name in settings.modules_to_save:
         train_whole(model, name)
 
