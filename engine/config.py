@@ -327,6 +327,9 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "lora.targets", "is empty; name at least one linear layer, or set lora.rank=0 to train all weights"
     if recipe.lora.used and recipe.model.init == "random":
         yield "lora.rank", "needs a pretrained base, got model.init=random; set lora.rank=0"
+    for key, least in (("rank_pattern", 1), ("alpha_pattern", 0)):
+        if small := {name: value for name, value in getattr(recipe.lora, key).items() if value < least}:
+            yield f"lora.{key}", f"got {small}, expected at least {least}"
     if recipe.model.add_tokens and recipe.lora.rank and len(recipe.lora.modules_to_save) < 2:
         yield "model.add_tokens", "with LoRA needs lora.modules_to_save=[embed_tokens, lm_head], for the new rows to be trained"
     if len(set(recipe.model.add_tokens)) < len(recipe.model.add_tokens) or "" in recipe.model.add_tokens:

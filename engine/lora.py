@@ -147,6 +147,9 @@ def apply(model: nn.Module, settings: Settings, keys: DropoutKeys, seed: int) ->
         which = "no linear layer with an adapter" if all(matched.values()) else "no linear layer"
         raise EngineError("LORA-TARGET", f"{', '.join(idle)} matches {which}; there are: {', '.join(there)}")
     pissa = settings.init == "pissa"
+    for name in chosen if pissa else []:
+        if (rank := of(settings.rank_pattern, name, settings.rank)) > (most := min(layers[name].weight.shape)):
+            raise EngineError("LORA-RANK", f"lora.init=pissa: {name} has {most} singular values, got rank {rank}; lower lora.rank or lora.rank_pattern")
     shown = tqdm(chosen, desc="singular values", unit=" layers", leave=False, disable=not (pissa and sys.stderr.isatty()))
     swap(model, {name: LoRALinear(layers[name], of(settings.rank_pattern, name, settings.rank), of(settings.alpha_pattern, name, settings.alpha),
                                   settings.dropout, keys, mix(seed, number), settings.rslora, settings.dora, pissa)

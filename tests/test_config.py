@@ -56,6 +56,9 @@ def test_all_mistakes_are_told_at_once_with_their_lines(tmp_path):
 
 @pytest.mark.parametrize(("overrides", "words"), [
     (["train.micro_batch=99"], "command line: train.micro_batch got 99, expected at most train.global_batch = 8"),
+    (["lora.rank=4", "lora.rank_pattern={q_proj: 0}"], "lora.rank_pattern got {'q_proj': 0}, expected at least 1"),
+    (["lora.rank=4", "lora.rank_pattern={q_proj: x}"], "lora.rank_pattern: got {'q_proj': 'x'}, expected names with whole numbers"),
+    (["lora.rank=4", "lora.alpha_pattern=3"], "lora.alpha_pattern: got 3, expected names with numbers"),
     (["lora.rank=4", "lora.targets=[]"], "lora.targets is empty"), (["model.path=nowhere"], "model.path got nowhere, expected a folder with config.json"),
     (["data.train=nothing.jsonl"], "data.train got nothing.jsonl, expected a file that exists"), (["model.dtype=bf16"], "model.dtype got bf16 without LoRA"),
     (["optim.warmup_steps=3", "optim.warmup_ratio=0.1"], "optim.warmup_steps and optim.warmup_ratio are both given"),

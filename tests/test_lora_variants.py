@@ -209,6 +209,7 @@ def test_doras_lengths_are_those_of_the_rows(base, init):
 @pytest.mark.parametrize(("settings", "words"), [
     ({"rank_pattern": {"k_proj": 2}}, "rank_pattern: k_proj matches no linear layer with an adapter"),
     ({"alpha_pattern": {"q_prj": 2.0}}, "alpha_pattern: q_prj matches no linear layer with an adapter"),
+    ({"rank": 17, "init": "pissa"}, "v_proj has 16 singular values, got rank 17"),
     ({"targets": ["all-linear", "q_prj"]}, "targets: q_prj matches no linear layer; there are: down_proj"),
 ])
 def test_patterns_that_match_nothing_are_refused(base, settings, words):
