@@ -4,6 +4,7 @@ Nothing here imports torch: a mistake in a recipe is told within a second, and a
 """
 
 import difflib
+import json
 import sys
 from collections.abc import Iterator
 from copy import copy
@@ -307,6 +308,15 @@ def _nearest(word: str, words: Any) -> str:
     return f"; did you mean {near[0]}?" if near else "; --help lists every option"
 
 
+def _trained_whole(lora: Lora) -> list[str]:
+    if not lora.start:
+        return lora.modules_to_save
+    try:
+        return json.loads((Path(lora.start) / "adapter_config.json").read_text(encoding="utf-8")).get("modules_to_save") or []
+    except (OSError, ValueError, AttributeError):
+        return []  # told where the adapter is read
+
+
 def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """(key, what is wrong) for options that are each fine but not together, or that name what is not there."""
     if not recipe.model.path:
@@ -330,8 +340,8 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for key, least in (("rank_pattern", 1), ("alpha_pattern", 0)):
         if small := {name: value for name, value in getattr(recipe.lora, key).items() if value < least}:
             yield f"lora.{key}", f"got {small}, expected at least {least}"
-    if recipe.model.add_tokens and recipe.lora.rank and len(recipe.lora.modules_to_save) < 2:
-        yield "model.add_tokens", "with LoRA needs lora.modules_to_save=[embed_tokens, lm_head], for the new rows to be trained"
+    if recipe.model.add_tokens and recipe.lora.used and len(_trained_whole(recipe.lora)) < 2:
+        yield "model.add_tokens", "with LoRA needs embedding and head in lora.modules_to_save, or in that of lora.start, for the new rows to be trained"
     if len(set(recipe.model.add_tokens)) < len(recipe.model.add_tokens) or "" in recipe.model.add_tokens:
         yield "model.add_tokens", f"got {recipe.model.add_tokens}, expected names that differ"
     if recipe.lora.start:

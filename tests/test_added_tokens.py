@@ -89,10 +89,16 @@ def test_a_run_with_added_tokens_leaves_what_others_load(recipe, trained, tiny, 
         assert (theirs - logits).abs().max() <= 1e-5
         generate.main(["--adapter", str(out / "adapter"), "--prompt", "red cat", "--max-new-tokens", "5"])
         assert capsys.readouterr().out == answer
+        trained(1, recipe(*added[:2], "model.dtype=bf16", f"lora.start={out / 'adapter'}", "optim.lr=0", "train.max_steps=1", name="again"))
+        for name in ("adapter_model.safetensors", "tokenizer.model"):
+            assert (tmp_path / "runs/again/export/adapter" / name).read_bytes() == (out / "adapter" / name).read_bytes()
 
 
-def test_new_rows_that_would_not_be_trained_are_refused(recipe):
-    with pytest.raises(EngineError, match="model.add_tokens with LoRA needs lora.modules_to_save"):
+def test_new_rows_that_would_not_be_trained_are_refused(recipe, tmp_path):
+    with pytest.raises(EngineError, match="model.add_tokens with LoRA needs embedding and head"):
         train.main(recipe("model.add_tokens=[a]", "lora.rank=4"))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(EngineError, match="model.add_tokens with LoRA needs embedding and head"):
+        train.main(recipe("model.add_tokens=[a]", f"lora.start={tmp_path}"))
     with pytest.raises(EngineError, match="expected names that differ"):
         train.main(recipe("model.add_tokens=[a, a]"))
