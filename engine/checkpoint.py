@@ -21,6 +21,7 @@ from torch import Tensor
 
 from engine import tensorfile
 from engine.errors import CHECKPOINT, ENVIRONMENT, EngineError
+from engine.publish import fsync
 
 NAME = re.compile(r"step-(\d{9})")
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
@@ -48,12 +49,12 @@ def save(folder: Path, step: int, snapshot: Snapshot, keep: int, best: int | Non
         files = {name: {"bytes": (building / name).stat().st_size, "sha256": _sha256(building / name)} for name in FILES}
         (building / "manifest.json").write_text(_sealed({"format": 1, "step": step, "files": files}), encoding="utf-8")
         for path in building.iterdir():
-            _fsync(path)
-        _fsync(building)
+            fsync(path)
+        fsync(building)
         if target.exists():  # of the same step, and not loaded: it was damaged
             shutil.rmtree(target)
         os.rename(building, target)
-        _fsync(folder)
+        fsync(folder)
     except OSError as error:
         raise EngineError("ENVIRONMENT-CHECKPOINT", f"{target}: cannot be written: {error}; older checkpoints are untouched", ENVIRONMENT) from error
     if problem := damage(target):
@@ -136,11 +137,3 @@ def _steps(folder: Path) -> list[int]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

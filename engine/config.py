@@ -4,6 +4,7 @@ Nothing here imports torch: a mistake in a recipe is told within a second, and a
 """
 
 import difflib
+import glob
 import json
 import sys
 from collections.abc import Iterator
@@ -45,18 +46,46 @@ class Model:
     add_tokens: list[str] = option([], "control tokens added to the tokenizer; their embeddings start as the mean of the others")
 
 
+FORMATS = ("alpaca", "completion", "sharegpt", "messages", "text")
+
+
+@dataclass
+class Source:
+    """One entry of data.train or data.validation, where it is a list."""
+
+    path: str = ""  # a file, a directory of *.jsonl, *.json and *.parquet, or a glob
+    format: str = ""  # data.format if not given
+    name: str = ""  # in logs; the path's last part without its ending if not given
+    repeat: int = 1  # times each row is trained in an epoch
+    weight: float | None = None  # share of the epoch's rows, relative to the other sources; every row still occurs
+
+
 @dataclass
 class Data:
-    train: str = option("", "JSONL file of training rows: instruction, input, output")
-    validation: str | None = option(None, "JSONL file of held-out rows of the same form; none: no evaluation")
+    train: Any = option("", "training rows: a file, directory or glob, or a list of {path, format, name, repeat | weight}")
+    validation: Any = option(None, "held-out rows, likewise; none: no evaluation")
+    format: str = option("alpaca", "what a record of a source is, unless the source says otherwise", FORMATS)
+    supervise: str = option("answers", "what is learnt: every answer, the last of a conversation, or all text, prompts included", ("answers", "last", "all"))
+    on_bad_row: str = option("error", "a row that cannot be read", ("error", "skip"))
     template: str = option("alpaca", "how a row becomes a prompt",
                            ("alpaca", "chatml", "gemma", "llama2", "llama3", "llama3.1", "mistral", "plain", "qwen", "qwen3"))
     system: str | None = option(None, "system prompt of every row, for chat templates: all but alpaca and plain")
     max_length: int = option(2048, "tokens in a sequence, template and end-of-sequence included", low=2)
-    too_long: str = option("error", "a row over max_length", ("error", "truncate", "drop"))
+    too_long: str = option("error", "a row over max_length: truncate cuts its end, split makes rows of its pieces", ("error", "truncate", "drop", "split"))
     packing: bool = option(True, "fill sequences with several rows; attention never crosses rows")
     shuffle: bool = option(True, "new order each epoch; false keeps the file's order")
     cache: str = option("runs/.cache", "folder for tokenised rows, keyed by content")
+    workers: int | None = option(None, "processes that tokenise; one for each core if not given", low=1)
+
+    def sources(self, of: str) -> list[Source]:
+        """Those of "train" or "validation", with all that they leave out."""
+        value = getattr(self, of) or []
+        found = [Source(**entry) for entry in value] if isinstance(value, list) else [Source(path=value)]
+        for source in found:
+            source.format = source.format or self.format
+            fixed = [part for part in Path(source.path).parts if not glob.has_magic(part)]
+            source.name = source.name or (Path(fixed[-1]).stem if fixed else of)
+        return found
 
 
 @dataclass
@@ -117,7 +146,7 @@ class Evaluate:
     every_steps: int = option(0, "steps between evaluations; 0: only at ends of epochs", low=0)
     each_epoch: bool = option(True, "evaluate at the end of each epoch")
     at_start: bool = option(True, "evaluate before the first step")
-    rows: int = option(0, "validation rows that the loss is taken over, the first of the file; 0 takes all", low=0)
+    rows: int = option(0, "validation rows that the loss is taken over, the first of each source; 0 takes all", low=0)
     exact_match_rows: int = option(0, "rows answered greedily and compared with their output; -1 all, 0 none", low=-1)
     exact_match_during: bool = option(False, "count exact matches at every evaluation, not only the last")
     max_new_tokens: int = option(128, "tokens generated at most for a row", low=1)
@@ -168,7 +197,7 @@ def options() -> dict[str, Any]:
 
 # Options that may differ between the launches of one run: they place, pace or show the work and leave its result alone.
 # What data and model paths hold is compared by content instead.
-HARDWARE = ("run.", "log.", "evaluate.", "checkpoint.", "export.", "data.cache", "data.train", "data.validation", "model.path", "lora.start",
+HARDWARE = ("run.", "log.", "evaluate.", "checkpoint.", "export.", "data.cache", "data.workers", "data.train", "data.validation", "model.path", "lora.start",
             "optim.shard", "train.device", "train.micro_batch", "train.activation_checkpointing", "train.attention", "train.timeout_s")
 
 
@@ -277,6 +306,8 @@ def _assign(merged: Any, key: str, value: Any) -> str | None:
         return f"unknown option {key}{_nearest(key, list(known))}"
     metadata = known[key].metadata
     kind = known[key].type
+    if kind is Any and (problem := _wrong_sources(value)):
+        return f"{key}{problem}"
     if isinstance(value, bool) and kind is not bool:
         return f"{key}: got {value}, expected {_kind(kind)}"
     try:
@@ -290,6 +321,33 @@ def _assign(merged: Any, key: str, value: Any) -> str | None:
     low, high = metadata["low"], metadata["high"]
     if isinstance(value, (int, float)) and ((low is not None and not value >= low) or (high is not None and not value <= high)):
         return f"{key}: got {value}, expected {f'at least {low}' if high is None else f'{low} to {high}'}"
+    return None
+
+
+def _wrong_sources(value: Any) -> str | None:
+    """What is wrong with a list of sources, if anything; a path is looked for later."""
+    kinds = {"path": str, "format": str, "name": str, "repeat": int, "weight": (int, float)}
+    if value is None or isinstance(value, str):
+        return None
+    if not isinstance(value, list) or not value:
+        return f": got {value!r}, expected a path or a list of {{{', '.join(kinds)}}}"
+    for number, entry in enumerate(value):
+        if not isinstance(entry, dict):
+            return f"[{number}]: got {entry!r}, expected {{path: …}}"
+        for key, found in entry.items():
+            if key not in kinds:
+                return f"[{number}]: unknown key {key}{_nearest(str(key), list(kinds))}"
+            if not isinstance(found, kinds[key]) or isinstance(found, bool):
+                return f"[{number}].{key}: got {found!r}, expected {'text' if kinds[key] is str else 'a number'}"
+        if not entry.get("path"):
+            return f"[{number}]: got {entry!r}, expected a path as well"
+        if entry.get("format", FORMATS[0]) not in FORMATS:
+            return f"[{number}].format: got {entry['format']!r}, expected one of {', '.join(FORMATS)}{_nearest(entry['format'], FORMATS)}"
+        if entry.get("repeat", 1) < 1 or entry.get("weight", 1) <= 0:
+            return f"[{number}]: got {entry}, expected repeat from 1 and weight above 0"
+    weighted = sum("weight" in entry for entry in value)
+    if weighted and (weighted < len(value) or any("repeat" in entry for entry in value)):
+        return ": weights are shares of each other: give every source one and none a repeat, or none a weight"
     return None
 
 
@@ -325,10 +383,14 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "model.path", (f"got {recipe.model.path}, expected a folder with config.json, or org/name[@revision] on the hub; "
                              "other weights come in through engine.convert")
     if not recipe.data.train:
-        yield "data.train", "is not given; expected a JSONL file"
-    for key, path in (("data.train", recipe.data.train), ("data.validation", recipe.data.validation)):
-        if path and not Path(path).is_file():
-            yield key, f"got {path}, expected a file that exists"
+        yield "data.train", "is not given; expected a file, a directory or a glob of rows"
+    for of in ("train", "validation"):
+        sources = recipe.data.sources(of)
+        for source in sources:
+            if not (Path(source.path).exists() or glob.glob(source.path)):
+                yield f"data.{of}", f"got {source.path}, expected a file that exists, a directory, or a glob that matches"
+        if len({source.name for source in sources}) < len(sources):
+            yield f"data.{of}", f"has sources of one name, {', '.join(source.name for source in sources)}; give each a name of its own"
     if recipe.data.system is not None and recipe.data.template in ("alpaca", "plain"):
         yield "data.system", f"is given, but data.template={recipe.data.template} has no place for a system prompt; remove it or take a chat template"
     if recipe.train.micro_batch > recipe.train.global_batch:

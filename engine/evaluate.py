@@ -1,14 +1,15 @@
 """How good the model is on held-out rows: loss over their supervised tokens, and answers compared with what they should be.
 
-Ranks share the rows; every figure is a sum and a count until all ranks' are added.
+Questions and answers are read off the tokenised rows, so a model is asked exactly what it was trained to answer. Ranks share
+the rows; every figure is a sum and a count until all ranks' are added.
 """
 
 import json
 import math
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -17,10 +18,9 @@ from engine import distributed
 from engine.attention import PackedAttention
 from engine.config import Data, Evaluate
 from engine.data.dataset import Dataset
-from engine.data.formats import Row, read_rows
 from engine.data.loader import collate
 from engine.data.plan import pack
-from engine.data.tokenizer import Tokenizer, prompt_ids, stops
+from engine.data.tokenizer import Tokenizer, stops
 from engine.distributed import World
 from engine.loss import summed_cross_entropy
 from engine.precision import Precision
@@ -29,17 +29,34 @@ from engine.sampling import generate
 ROWS_AT_ONCE = 64  # generated side by side
 
 
+@dataclass(frozen=True)
+class Sample:
+    """A question as the model reads it, the answer it gave, and the row's own."""
+
+    question: str
+    answer: str
+    expected: str
+
+
 @dataclass
 class Report:
-    """`tasks` maps a task to (exact matches, rows); `samples` are (row, answer)."""
+    """`sources` maps a source to (summed loss, supervised tokens), `tasks` a task to (exact matches, rows)."""
 
-    loss: float
+    sources: dict[str, tuple[float, int]]
     tasks: dict[str, tuple[int, int]] = field(default_factory=dict)
-    samples: list[tuple[Row, str]] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+
+    @property
+    def loss(self) -> float:
+        """Mean over supervised tokens, not over rows or batches."""
+        total, count = map(sum, zip(*self.sources.values(), strict=True))
+        return total / count
 
     @property
     def scalars(self) -> dict[str, float]:
         found = {"validation/loss": self.loss, "validation/perplexity": math.exp(min(self.loss, 700.0))}
+        if len(self.sources) > 1:
+            found |= {f"validation/loss/{name}": total / count for name, (total, count) in self.sources.items() if count}
         if self.tasks:
             found["validation/exact_match"] = sum(right for right, _ in self.tasks.values()) / sum(rows for _, rows in self.tasks.values())
         return found
@@ -62,54 +79,57 @@ class Evaluation:
     def __init__(self, dataset: Dataset, tokenizer: Tokenizer, data: Data, cfg: Evaluate, attention: str, precision: Precision, world: World) -> None:
         self.dataset, self.tokenizer, self.data, self.cfg = dataset, tokenizer, data, cfg
         self.attention, self.precision, self.world = attention, precision, world
-        kept = set(dataset.lines.tolist())
-        self.rows = [row for row in read_rows(Path(dataset.path)) if row.line in kept]
+        self.asked = dataset.questions()
+        self.judged = np.concatenate([np.flatnonzero(dataset.source == number)[: cfg.rows or None] for number in range(len(dataset.sources))])
 
     def run(self, model: nn.Module, whole: bool = False) -> Report:
         """Judges `model`; all ranks take part. The `whole` evaluation answers too, others only where the recipe asks for it."""
-        every, cfg = len(self.rows), self.cfg
-        rows = min(cfg.rows, every) or every
+        cfg, every = self.cfg, len(self.asked)
         wanted = (every if cfg.exact_match_rows < 0 else min(cfg.exact_match_rows, every)) if whole or cfg.exact_match_during else 0
         samples = min(cfg.samples, every) if whole else 0
         was_training = model.training
         model.eval()
-        report = Report(self._loss(model, rows))
+        report = Report(self._losses(model))
         answered = self._answers(model, max(wanted, samples))
-        for number, (row, answer) in enumerate(answered):
-            if number < wanted:
-                right, total = report.tasks.get(row.task, (0, 0))
-                report.tasks[row.task] = (right + (answer.strip() == row.output.strip()), total + 1)
+        for row, sample in zip(self.asked[:wanted], answered, strict=False):
+            task = self.dataset.tasks[self.dataset.rows["task"][row]]
+            right, total = report.tasks.get(task, (0, 0))
+            report.tasks[task] = (right + (sample.answer.strip() == sample.expected.strip()), total + 1)
         report.samples = answered[:: max(1, len(answered) // max(1, samples))][:samples]
         model.train(was_training)
         return report
 
     @torch.no_grad()
-    def _loss(self, model: nn.Module, rows: int) -> float:
-        """Mean over supervised tokens, not over rows or batches."""
-        packs = pack(self.dataset.lengths, torch.arange(rows).numpy(), self.data.max_length, longest_first=True)
-        total = count = 0.0
+    def _losses(self, model: nn.Module) -> dict[str, tuple[float, int]]:
+        device, names = self.world.device, [source.name for source in self.dataset.sources]
+        packs = pack(self.dataset.lengths, self.judged, self.data.max_length, longest_first=True)
+        losses, counts = (torch.zeros(len(names), dtype=torch.float64, device=device) for _ in range(2))
         for number in self._progress(range(self.world.rank, len(packs), self.world.size), "validation loss"):
-            batch = collate(self.dataset, [packs[number]], [number], self.world.device)
+            batch = collate(self.dataset, [packs[number]], [number], device)
             with self.precision.context():
-                hidden = model(batch.ids, batch.positions, PackedAttention(batch.documents, self.world.device, self.attention))
-                total += float(summed_cross_entropy(hidden[batch.at], model.lm_head.weight, batch.targets))
-            count += len(batch.targets)
-        total, count = distributed.sum_over_ranks([total, count], self.world)
-        return total / count
+                hidden = model(batch.ids, batch.positions, PackedAttention(batch.documents, device, self.attention))
+                summed_cross_entropy(hidden[batch.at], model.lm_head.weight, batch.targets, batch.sources, losses)
+            counts += torch.bincount(batch.sources, minlength=len(names))
+        summed = distributed.sum_over_ranks([*losses.tolist(), *counts.tolist()], self.world)
+        return {name: (summed[i], int(summed[len(names) + i])) for i, name in enumerate(names)}
 
-    def _answers(self, model: nn.Module, rows: int) -> list[tuple[Row, str]]:
-        """The greedy answers to the first `rows` rows, in the rows' order, on every rank."""
+    def _answers(self, model: nn.Module, rows: int) -> list[Sample]:
+        """The greedy answers to the first `rows` questions, in their order, on every rank."""
         mine = list(range(self.world.rank, rows, self.world.size))
-        answers: dict[int, str] = {}
+        answers: dict[int, list[int]] = {}
         for start in self._progress(range(0, len(mine), ROWS_AT_ONCE), "answering"):
             numbers = mine[start : start + ROWS_AT_ONCE]
-            prompts = [prompt_ids(self.rows[number], self.data.template, self.tokenizer, self.data.system) for number in numbers]
+            prompts = [self.dataset.prompt_and_answer(self.asked[number])[0] for number in numbers]
             with self.precision.context():
                 generated = generate(model, prompts, stops(self.data.template, self.tokenizer), self.cfg.max_new_tokens)
-            answers.update({number: self.tokenizer.decode(ids) for number, ids in zip(numbers, generated, strict=True)})
+            answers.update(zip(numbers, generated, strict=True))
         for part in distributed.gather_text(json.dumps(answers), self.world):
             answers.update({int(number): answer for number, answer in json.loads(part).items()})
-        return [(self.rows[number], answers[number]) for number in range(rows)]
+        return [self._sample(number, answers[number]) for number in range(rows)]
+
+    def _sample(self, number: int, answer: list[int]) -> Sample:
+        prompt, expected = self.dataset.prompt_and_answer(self.asked[number])
+        return Sample(self.tokenizer.show(prompt), self.tokenizer.decode(answer), self.tokenizer.decode(expected))
 
     def _progress(self, numbers: range, what: str) -> tqdm:
         return tqdm(numbers, desc=what, leave=False, disable=not (self.world.is_first and sys.stderr.isatty()))

@@ -60,9 +60,7 @@ class Exporter:
     def __init__(self, model: nn.Module, cfg: Recipe, rows: Dataset, precision: Precision, base: Base, words: Path) -> None:
         self.model, self.cfg, self.precision, self.base, self.words = model, cfg, precision, base, words
         self.config = {**weights.read_config(base.folder), "vocab_size": model.config.vocab_size}
-        ends = rows.offsets[1 : cfg.export.verify_rows + 1]
-        self.rows = [torch.from_numpy(rows.tokens[start:end][:TOKENS_OF_A_ROW].astype("int64"))
-                     for start, end in zip(rows.offsets, ends, strict=False)]
+        self.rows = [torch.from_numpy(rows.read(document)[0][:TOKENS_OF_A_ROW].astype("int64")) for document in range(min(cfg.export.verify_rows, len(rows)))]
 
     def run(self, folder: Path) -> dict[Path, Agreement]:
         """Writes every export that the recipe asks for under `folder`; gives back where, and how near each is.

@@ -14,20 +14,22 @@ from engine.linear import arithmetic_dtype, widened
 CHUNK_BYTES = {"cpu": 24 * 2**20, "cuda": 256 * 2**20}  # of fp32 logits: enough to keep a matrix product busy
 
 
-def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, sources: Tensor | None = None, tally: Tensor | None = None) -> Tensor:
     """Sum of the negative log-likelihoods of `targets`, fp32, a scalar; 0 with a zero gradient where there are none.
 
     Args:
         hidden: (n, D), the model's output at the n positions whose next token is supervised.
         weight: (V, D), the head; gets a gradient if it wants one.
         targets: (n,), the ids to predict.
+        sources: (n,), the number of each target's source.
+        tally: (S,) in float64; each source's part of the sum is added to it, without a gradient.
     """
-    return _SummedCrossEntropy.apply(hidden, weight, targets, arithmetic_dtype(hidden))
+    return _SummedCrossEntropy.apply(hidden, weight, targets, sources, tally, arithmetic_dtype(hidden))
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, sources: Tensor | None, tally: Tensor | None, dtype: torch.dtype) -> Tensor:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         size = max(1, CHUNK_BYTES[hidden.device.type] // (4 * len(weight)))
         loss = widened(hidden.new_zeros(()))
@@ -43,7 +45,10 @@ class _SummedCrossEntropy(torch.autograd.Function):
                 logits -= logits.amax(-1, keepdim=True)
                 chosen = logits.gather(1, targets[rows, None])
                 total = logits.exp_().sum(-1, keepdim=True)
-                loss += (total.log() - chosen).sum()
+                each = total.log() - chosen
+                loss += each.sum()
+                if tally is not None:
+                    tally.index_add_(0, sources[rows], each[:, 0].double())
                 if not (wants_hidden or wants_weight):
                     continue
                 # d loss / d logits = softmax - one-hot, in place of the logits
@@ -59,7 +64,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return (None if grad_hidden is None else grad_hidden * scale,
-                None if grad_weight is None else grad_weight.mul_(scale).to(ctx.weight_dtype), None, None)
+                None if grad_weight is None else grad_weight.mul_(scale).to(ctx.weight_dtype), None, None, None, None)

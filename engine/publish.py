@@ -3,11 +3,12 @@
 import fcntl
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from engine.errors import ENVIRONMENT, EngineError
+from engine.errors import ENVIRONMENT, EngineError, rank_in_launch
 
 
 @contextmanager
@@ -23,6 +24,8 @@ def published(target: Path) -> Iterator[Path]:
         building.parent.mkdir(parents=True, exist_ok=True)
         yield building
         remove(target)
+        for path in [building, *building.rglob("*")]:  # a name that outlives a loss of power must not stand for less than it says
+            fsync(path)
         os.rename(building, target)
     except OSError as error:
         raise _unwritable(target, error) from error
@@ -30,23 +33,40 @@ def published(target: Path) -> Iterator[Path]:
         remove(building)
 
 
-def built_once(target: Path, build: Callable[[Path], None]) -> Path:
+def built_once(target: Path, build: Callable[[Path], None], waiting: str | None = None) -> Path:
     """`target`, made by `build` where it is not there. One process of a node makes it, the others wait.
 
     Args:
         build: writes the file or folder whose name it is given.
+        waiting: what rank 0 says on standard error if it has to wait.
     """
+    if target.exists():  # only whole ones have the name
+        return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = target.with_name(f"{target.name}.lock").open("w")
     except OSError as error:
         raise _unwritable(target, error) from error
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waiting and rank_in_launch() == 0:
+                print(waiting, file=sys.stderr, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
             with published(target) as building:
                 build(building)
     return target
+
+
+def fsync(path: Path) -> None:
+    """Waits until a file's content, or a folder's names, are on the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _unwritable(target: Path, error: OSError) -> EngineError:

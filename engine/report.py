@@ -1,6 +1,7 @@
 """What a run tells its user: the plan as an equation before the first step, and at the end what came of it."""
 
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,7 @@ def equation(run: Path, cfg: Recipe, base: Base, plan: Plan, rows: Dataset, num_
     accumulation = -(-cfg.train.global_batch // (cfg.train.micro_batch * ranks))
     kind = _trained(cfg.lora)
     last = plan.sequences_per_epoch % cfg.train.global_batch
-    targets = int(rows.targets_per_row().sum())
-    left_out = f", {rows.ledger['dropped']:,} left out (rejected.jsonl)" if rows.ledger["dropped"] else ""
-    cut = f", {rows.ledger['truncated']:,} truncated" if rows.ledger["truncated"] else ""
+    targets = int(rows.targets.sum())
     exact = "=" if accumulation * cfg.train.micro_batch * ranks == cfg.train.global_batch else "≥"
     lines = {
         "run": f"{run}" + (f", resumed after step {start}" if start else ""),
@@ -44,9 +43,9 @@ def equation(run: Path, cfg: Recipe, base: Base, plan: Plan, rows: Dataset, num_
         "precision": known["precision"],
         "attention": known["attention"],
         "optimizer": known["optimizer"],
-        "rows": f"{rows.ledger['rows']:,} in {rows.path}{cut}{left_out}",
+        "rows": rows.summary(),
         "epoch": f"{plan.sequences_per_epoch:,} sequences of up to {plan.max_length:,} tokens, {int(rows.lengths.sum()):,} tokens, {targets:,} supervised"
-                 + (f", filled to {100 * plan.fill:.1f} %" if cfg.data.packing else ""),
+                 + (f", filled to {100 * plan.fill:.1f} %, {plan.padding:,} tokens of padding" if cfg.data.packing else ""),
         "step": f"micro-batch {cfg.train.micro_batch} × accumulation {accumulation} × ranks {ranks} {exact} global batch {cfg.train.global_batch} sequences"
                 + (f"; {last} in the last step of an epoch" if last else ""),
         "steps": f"{num_steps:,} ({plan.steps_per_epoch:,} an epoch)",
@@ -55,9 +54,13 @@ def equation(run: Path, cfg: Recipe, base: Base, plan: Plan, rows: Dataset, num_
 
 
 def samples(judged: Report | None) -> str:
-    """Each sampled row's question, the model's answer, and the row's own."""
-    return "\n".join(f"  > {' | '.join(part for part in (row.instruction, row.input) if part.strip())}\n"
-                     f"    {answer.strip()}\n    (expected: {row.output.strip()})" for row, answer in (judged.samples if judged else []))
+    """Each sampled question as the model reads it, its answer, and the row's own."""
+    return "\n".join(f"{indented(sample.question, '  > ')}\n{indented(sample.answer, '    ')}\n    (expected: {sample.expected.strip()})"
+                     for sample in (judged.samples if judged else []))
+
+
+def indented(text: str, margin: str) -> str:
+    return textwrap.indent(text.strip(), margin)
 
 
 def closing(run: Path, judged: Report | None, exported: dict[Path, Agreement], frozen_digest: str | None) -> str:

@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +16,6 @@ import torch
 
 from engine import config
 from engine.config import Recipe
-from engine.data.dataset import Dataset
 from engine.errors import ENVIRONMENT, EngineError
 
 PACKAGES = ("torch", "numpy", "sentencepiece", "safetensors", "omegaconf", "tensorboard", "tokenizers")
@@ -69,16 +68,11 @@ def commit_of_base(path: Path, name: str) -> str | None:
     return base["commit"] if base["name"] == name else None
 
 
-def write_ledger(path: Path, datasets: list[Dataset]) -> None:
+def write_ledger(path: Path, accounts: dict[str, dict[str, Any]], left_out: Iterable[dict[str, str]]) -> None:
     """ledger.json counts every row of every file by its fate; rejected.jsonl names those left out, with the reason."""
-    counts = []
     with (path / "rejected.jsonl").open("w", encoding="utf-8") as file:
-        for dataset in datasets:
-            rejected = dataset.ledger["rejected"]
-            assert dataset.ledger["rows"] == dataset.ledger["kept"] + len(rejected), f"{dataset.path}: the ledger does not balance"
-            counts.append({**{key: value for key, value in dataset.ledger.items() if key != "rejected"}, "digest": dataset.digest})
-            file.writelines(json.dumps({"row": f"{dataset.path}:{one['line']}", "reason": one["reason"]}) + "\n" for one in rejected)
-    (path / "ledger.json").write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
+        file.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in left_out)
+    (path / "ledger.json").write_text(json.dumps(accounts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def finish(path: Path, results: dict[str, float]) -> None:

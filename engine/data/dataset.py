@@ -1,134 +1,337 @@
-"""Rows as token ids: tokenised once, kept in memory-mapped arrays under a cache keyed by content, every row accounted for.
+"""Rows to train on: the arrays of the cache, cut to length and mixed as the recipe says, with every row accounted for.
 
-    tokens.npy      int32, all rows end to end        supervised.npy  bool, beside it
-    offsets.npy     int64, rows + 1                   lines.npy       int64, the row's line in the file
-    ledger.json     what became of every line
+A *row* is a record of a file that could be read. A *document* is what a model sees of it at once: the whole row, its
+beginning, or one of its pieces; a source that is repeated has each of its documents several times. Plans and losses know
+documents, the ledger knows rows.
 """
 
 import hashlib
 import json
+import mmap
 import sys
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from engine.config import Data
-from engine.data.formats import Row, read_rows
-from engine.data.template import TEMPLATES
-from engine.data.tokenizer import Tokenizer, end_of, tokenise
+from engine.config import Data, Source
+from engine.data import build
+from engine.data.build import Job
+from engine.data.plan import shuffled
+from engine.data.reading import FileSurvey, expand, survey
+from engine.data.tokenizer import Tokenizer
 from engine.errors import EngineError
-from engine.publish import built_once
+from engine.publish import built_once, published
 
-VERSION = 2  # of the arrays' meaning; a change makes old caches strangers
-BATCH = 1024  # rows tokenised in one call
+RELEASED_BYTES = 64 << 20  # of mapped arrays read before their pages are given back
+NAMED = 5  # rows that an error names
+
+WHOLE, TRUNCATED, SPLIT, TOO_LONG, SILENT = range(5)  # fates; SILENT: no supervised token is left within max_length
+KEPT = (WHOLE, TRUNCATED, SPLIT)
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of rows and its arrays in the cache."""
+
+    path: Path
+    source: int
+    index: dict[str, Any]
+    folder: Path
+
+    @property
+    def kept(self) -> int:
+        return sum(span["rows"] for span in self.index["spans"])
+
+    @property
+    def rejected(self) -> int:
+        return sum(span["rejected"] for span in self.index["spans"])
+
+    def rejects(self) -> Iterator[tuple[int, int | None, str]]:
+        """(line, column or None, reason) of each record that could not be read."""
+        for number, span in enumerate(self.index["spans"]):
+            if span["rejected"]:
+                with (self.folder / f"{number:05d}.rejected.jsonl").open(encoding="utf-8") as file:
+                    yield from (tuple(json.loads(line).values()) for line in file)
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """`digest` names content and tokenisation; `ledger` counts rows by fate and lists those left out."""
+    """R rows and D documents.
 
-    path: Path
-    tokens: np.ndarray
-    supervised: np.ndarray
-    offsets: np.ndarray
-    lines: np.ndarray
-    ledger: dict[str, Any]
+    files           in the order of their rows
+    sources         what the recipe calls them
+    rows            (R,) of build.ROW; `task` counts in `tasks`
+    fates, times    (R,) what max_length made of each row, and how often it occurs in an epoch
+    row, start, lengths, targets, source    (D,) each document's row, its first token there, its tokens, those that are learnt, its source
+    digest          of all that decides the documents
+    """
+
+    files: list[File]
+    sources: list[Source]
+    rows: np.ndarray
+    tasks: list[str]
+    fates: np.ndarray
+    times: np.ndarray
+    row: np.ndarray
+    start: np.ndarray
+    lengths: np.ndarray
+    targets: np.ndarray
+    source: np.ndarray
+    max_length: int
     digest: str
 
     def __len__(self) -> int:
-        return len(self.lines)
+        return len(self.row)
 
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.diff(self.offsets)
+    def read(self, document: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and mask of a document."""
+        start = int(self.start[document])
+        return self._tokens(int(self.row[document]), start, start + int(self.lengths[document]))
 
-    def targets_per_row(self) -> np.ndarray:
-        """Supervised tokens of each row. A row's first token is never predicted, and templates never supervise it."""
-        counts = np.concatenate([[0], np.cumsum(self.supervised, dtype=np.int64)])
-        return counts[self.offsets[1:]] - counts[self.offsets[:-1]]
+    def prompt_and_answer(self, row: int) -> tuple[list[int], list[int]]:
+        """Ids before a row's last answer, and the answer's without its end. Plain text has no answer."""
+        answer, length = int(self.rows["answer"][row]), int(self.rows["length"][row])
+        ids, _ = self._tokens(row, 0, length)
+        return ids[:answer].tolist(), ids[answer : length - 1].tolist()
+
+    def questions(self) -> np.ndarray:
+        """Rows whose last answer a model can be asked for: plain text has none, and the prompt must fit max_length."""
+        answer = self.rows["answer"]
+        return np.flatnonzero((answer >= 0) & (answer < self.max_length) & (self.times > 0))
+
+    def reason_left_out(self, row: int) -> str:
+        if self.fates[row] == TOO_LONG:
+            return f"{self.rows['length'][row]} tokens, max_length is {self.max_length}"
+        return f"no supervised token within max_length {self.max_length}"
+
+    def summary(self) -> str:
+        """Rows by source and fate, in a line."""
+        counts = np.bincount(self.source_of_rows(), weights=self.times > 0, minlength=len(self.sources)).astype(int)
+        shares = np.bincount(self.source, weights=self.lengths, minlength=len(self.sources)) / self.lengths.sum()
+        parts = [f"{count:,} in {source.path}" + (f" ({100 * share:.1f} % of the tokens)" if len(self.sources) > 1 else "")
+                 for count, source, share in zip(counts, self.sources, shares, strict=True)]
+        fates = {"truncated": TRUNCATED, "split": SPLIT, "too long": TOO_LONG, "without a supervised token": SILENT}
+        found = {name: int((self.fates == fate).sum()) for name, fate in fates.items()} | {"unreadable": sum(file.rejected for file in self.files)}
+        return "; ".join(parts) + "".join(f", {count:,} {name}" for name, count in found.items() if count)
+
+    def where(self, row: int) -> str:
+        """path:line of a row."""
+        file = int(np.searchsorted(self._first_row_of_file, row, "right")) - 1
+        return f"{self.files[file].path}:{self.rows['line'][row]}"
+
+    def source_of_rows(self) -> np.ndarray:
+        return np.repeat([file.source for file in self.files], [file.kept for file in self.files])
+
+    # ---- Arrays on disk ----
+
+    def _tokens(self, row: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        shards = self._shards
+        shard = int(np.searchsorted(shards.first, row, "right")) - 1
+        begin = int(shards.offset[row])
+        return shards.read(shard, begin + start, begin + end)
+
+    @cached_property
+    def _first_row_of_file(self) -> np.ndarray:
+        return np.cumsum([0, *(file.kept for file in self.files)])[:-1]
+
+    @cached_property
+    def _shards(self) -> "_Shards":
+        return _Shards(self.files, self.rows["length"])
 
 
-def load_dataset(path: Path, tokenizer: Tokenizer, template: str, max_length: int, too_long: str, cache: Path, system: str | None = None) -> Dataset:
-    """The dataset of a JSONL file, from the cache where it is there. One process of a node builds it, the others wait.
+class _Shards:
+    """The spans' arrays, mapped when they are first read."""
+
+    def __init__(self, files: list[File], lengths: np.ndarray) -> None:
+        spans = [(file.folder / f"{number:05d}", span["rows"]) for file in files for number, span in enumerate(file.index["spans"])]
+        spans = [span for span in spans if span[1]]
+        self.paths, counts = [path for path, _ in spans], [count for _, count in spans]
+        self.first = np.cumsum([0, *counts])[:-1]
+        ends = np.cumsum(lengths, dtype=np.int64)
+        self.offset = ends - lengths
+        self.offset -= np.repeat(self.offset[self.first], counts)
+        self.maps: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(spans)
+        self.read_bytes = 0
+
+    def read(self, shard: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        if self.maps[shard] is None:
+            self.maps[shard] = tuple(np.load(f"{self.paths[shard]}.{kind}.npy", mmap_mode="r") for kind in ("tokens", "supervised"))
+        tokens, supervised = self.maps[shard]
+        found = np.array(tokens[begin:end]), np.array(supervised[begin:end])
+        self.read_bytes += 4096 * 16 + 5 * (end - begin)  # the kernel maps sixteen pages around each that is touched
+        if self.read_bytes > RELEASED_BYTES:
+            self._release()
+        return found
+
+    def _release(self) -> None:
+        """Pages of a mapped file count as the process's own memory until it needs them no more. They stay in the disk's cache."""
+        self.read_bytes = 0
+        for arrays in filter(None, self.maps):
+            for array in arrays:
+                array._mmap.madvise(mmap.MADV_DONTNEED)
+
+
+def load(cfg: Data, of: str, tokenizer: Tokenizer, seed: int = 0, strict: bool = True) -> Dataset | None:
+    """The dataset of "train" or "validation" as the recipe has it; None where it names none.
+
+    Files are tokenised where the cache does not know them yet, by one process of a node while its others wait.
 
     Args:
-        too_long: what to do with a row over max_length: "error", "truncate" (the answer's end is cut) or "drop".
+        seed: decides which rows of a source make up the rest of its weight.
+        strict: raise for rows that cannot be read if the recipe says so, and for too long ones; else they are left out.
     """
-    content = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            content.update(block)
-    key = {"version": VERSION, "content": content.hexdigest(), "tokenizer": tokenizer.digest, "template": template,
-           "system": system, "max_length": max_length, "too_long": too_long}
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    folder = built_once(cache / digest[:24], lambda building: _build(building, path, tokenizer, template, max_length, too_long, system))
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("tokens", "supervised", "offsets", "lines")}
-    return Dataset(path, **arrays, ledger=json.loads((folder / "ledger.json").read_text(encoding="utf-8")), digest=digest)
+    sources = cfg.sources(of)
+    if not getattr(cfg, of):
+        return None
+    files, contents = [], []
+    for number, source in enumerate(sources):
+        job = Job(source.format, cfg.template, cfg.system, cfg.supervise)
+        for path in expand(source.path):
+            found = known_survey(path, Path(cfg.cache))
+            key = job.key(found.sha256, tokenizer)
+            folder = built_once(Path(cfg.cache) / key[:24], lambda building, found=found, job=job: build.build(building, found, job, tokenizer, cfg.workers),
+                                f"Another process tokenises {path}; waiting for it")
+            index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+            files.append(File(path, number, index, folder))
+            contents.append([number, key])
+    _warn_of_repeated_files(files)
+    if strict and cfg.on_bad_row == "error":
+        _refuse_rejects(files)
+    rows, tasks = _rows(files)
+    found = _documents(files, sources, rows, tasks, cfg, of, seed, strict)
+    how = [contents, [[source.repeat, source.weight] for source in sources], cfg.max_length, cfg.too_long, seed if any(s.weight for s in sources) else None]
+    return replace(found, digest=hashlib.sha256(json.dumps(how).encode()).hexdigest())
 
 
-def _build(folder: Path, path: Path, tokenizer: Tokenizer, template: str, max_length: int, too_long: str, system: str | None) -> None:
-    tokens, supervised, offsets, lines = [], [], [0], []
-    ledger: dict[str, Any] = {"file": path.name, "rows": 0, "kept": 0, "truncated": 0, "dropped": 0, "rejected": []}
-    rows = list(tqdm(read_rows(path), desc=f"reading {path.name}", unit=" rows", disable=not sys.stderr.isatty(), leave=False))
-    progress = tqdm(total=len(rows), desc=f"tokenising {path.name}", unit=" rows", disable=not sys.stderr.isatty(), leave=False)
-    for start in range(0, len(rows), BATCH):
-        batch = rows[start : start + BATCH]
-        for row, (ids, mask) in zip(batch, _tokenise(batch, tokenizer, template, system), strict=True):
-            ledger["rows"] += 1
-            reason, cut = None, len(ids) > max_length
-            if cut and too_long == "error":
-                raise EngineError("DATA-LENGTH", f"{path}:{row.line}: has {len(ids)} tokens, data.max_length is {max_length}; "
-                                  "raise it, or set data.too_long to truncate or drop")
-            if cut and too_long == "drop":
-                reason = f"{len(ids)} tokens, max_length is {max_length}"
-            elif not any(mask[:max_length]):
-                reason = f"no supervised token within max_length {max_length}"
-            ids, mask = ids[:max_length], mask[:max_length]
-            if reason is not None:
-                ledger["dropped"] += 1
-                ledger["rejected"].append({"line": row.line, "reason": reason})
-                continue
-            ledger["truncated"] += cut
-            tokens.append(np.asarray(ids, dtype=np.int32))
-            supervised.append(np.asarray(mask, dtype=bool))
-            offsets.append(offsets[-1] + len(ids))
-            lines.append(row.line)
-        progress.update(len(batch))
-    progress.close()
-    ledger["kept"] = len(lines)
-    if not lines:
-        raise EngineError("DATA-EMPTY", f"{path}: none of {ledger['rows']} rows can be trained on; the first: line "
-                          f"{ledger['rejected'][0]['line']}, {ledger['rejected'][0]['reason']}")
-    folder.mkdir()
-    np.save(folder / "tokens.npy", np.concatenate(tokens))
-    np.save(folder / "supervised.npy", np.concatenate(supervised))
-    np.save(folder / "offsets.npy", np.asarray(offsets, dtype=np.int64))
-    np.save(folder / "lines.npy", np.asarray(lines, dtype=np.int64))
-    (folder / "ledger.json").write_text(json.dumps(ledger), encoding="utf-8")
+def known_survey(path: Path, cache: Path) -> FileSurvey:
+    """`survey`, from the cache where the file is as it was by size, times and inode: a second run reads no text."""
+    status = path.stat()
+    state = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, build.VERSION]
+    memo = cache / f"file-{hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:24]}.json"
+    try:
+        known = json.loads(memo.read_text(encoding="utf-8"))
+        if known["state"] == state:
+            return FileSurvey.from_json(path, known["survey"])
+    except (OSError, ValueError, LookupError):
+        pass
+    found = survey(path)
+    # A write within the clock's tick of the last one would not be seen, so a file must have rested for a while.
+    if path.stat().st_mtime_ns == status.st_mtime_ns and abs(time.time_ns() - status.st_mtime_ns) > 2e9:
+        with published(memo) as building:
+            building.write_text(json.dumps({"state": state, "survey": found.to_json()}), encoding="utf-8")
+    return found
 
 
-def _tokenise(rows: list[Row], tokenizer: Tokenizer, template: str, system: str | None) -> list[tuple[list[int], list[bool]]]:
-    """Ids and mask of each row, the token that ends the answer included and supervised."""
-    write, end = TEMPLATES[template], end_of(template, tokenizer)
-    return [(ids + [end], mask + [True]) for ids, mask in tokenise([write(row, system) for row in rows], write.chat, tokenizer)]
+def _warn_of_repeated_files(files: list[File]) -> None:
+    seen: dict[str, File] = {}
+    for file in files:
+        if (first := seen.setdefault(file.index["sha256"], file)) is not file:
+            print(f"WARNING {file.path} has the same content as {first.path}; its rows are trained once more", file=sys.stderr)
 
 
-def load_both(cfg: Data, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | None]:
-    """Training rows, and validation rows where the recipe names them."""
-    return tuple(load_dataset(Path(path), tokenizer, cfg.template, cfg.max_length, cfg.too_long, Path(cfg.cache), cfg.system) if path else None
-                 for path in (cfg.train, cfg.validation))
+def _refuse_rejects(files: list[File]) -> None:
+    count = sum(file.rejected for file in files)
+    if not count:
+        return
+    named = [f"{file.path}:{line}{f':{column}' if column else ''}: {reason}" for file in files for line, column, reason in islice(file.rejects(), NAMED)]
+    more = f"\n(and {count - NAMED:,} more)" if count > NAMED else ""
+    raise EngineError("DATA-ROW", "\nERROR E-DATA-ROW ".join(named[:NAMED]) + more + "; mend the rows, or set data.on_bad_row=skip to leave them out")
 
 
-def check_fit(dataset: Dataset, tokenizer: Tokenizer, model: dict[str, Any], max_length: int, added: int = 0) -> None:
+def _rows(files: list[File]) -> tuple[np.ndarray, list[str]]:
+    tasks: dict[str, int] = {}
+    parts = [np.empty(0, build.ROW)]
+    for file in files:
+        for number, span in enumerate(file.index["spans"]):
+            parts.append(part := np.load(file.folder / f"{number:05d}.rows.npy"))
+            if span["tasks"]:
+                part["task"] = np.array([tasks.setdefault(task, len(tasks)) for task in span["tasks"]])[part["task"]]
+    return np.concatenate(parts), list(tasks)
+
+
+def _documents(files: list[File], sources: list[Source], rows: np.ndarray, tasks: list[str], cfg: Data, of: str, seed: int, strict: bool) -> Dataset:
+    """The documents of rows cut to max_length and repeated as the mix says."""
+    whole = np.flatnonzero(rows["length"] <= cfg.max_length)
+    none = np.zeros(0, np.int32)
+    fates = np.full(len(rows), WHOLE, np.uint8)
+    found = Dataset(files, sources, rows, tasks, fates, none, whole.astype(np.int32), np.zeros(len(whole), np.int32), rows["length"][whole],
+                    rows["targets"][whole], none, cfg.max_length, "")
+    over = np.flatnonzero(rows["length"] > cfg.max_length)
+    if len(over) and cfg.too_long == "error" and strict:
+        row = int(over[0])
+        more = f" (and {len(over) - 1:,} more such rows)" if len(over) > 1 else ""
+        raise EngineError("DATA-LENGTH", f"{found.where(row)}: has {rows['length'][row]} tokens, data.max_length is {cfg.max_length}{more}; "
+                          "raise it, or set data.too_long to truncate, drop or split")
+    pieces = [piece for row in over.tolist() for piece in _cut(found, row, cfg.max_length, cfg.too_long, fates)]
+    if pieces:
+        row, start, lengths, targets = (np.concatenate([one, np.asarray(other, np.int32)]) for one, other in
+                                        zip((found.row, found.start, found.lengths, found.targets), zip(*pieces, strict=True), strict=True))
+        order = np.argsort(row, kind="stable")
+        found = replace(found, row=row[order], start=start[order], lengths=lengths[order], targets=targets[order])
+    if not len(found):
+        raise EngineError("DATA-EMPTY", f"data.{of}: none of {sum(file.kept + file.rejected for file in files):,} rows can be trained on: {_first_reason(found)}")
+    source_of_rows = found.source_of_rows()
+    times = _times(source_of_rows, np.isin(fates, KEPT), sources, seed)
+    passes = np.concatenate([np.flatnonzero(times[found.row] > number) for number in range(times.max())])
+    return replace(found, **{name: getattr(found, name)[passes] for name in ("row", "start", "lengths", "targets")}, times=times,
+                   source=source_of_rows[found.row[passes]].astype(np.int16))
+
+
+def _cut(dataset: Dataset, row: int, max_length: int, too_long: str, fates: np.ndarray) -> list[tuple[int, int, int, int]]:
+    """What remains of a row that is too long: (row, start, length, targets) of each piece; sets the row's fate."""
+    if too_long in ("drop", "error"):
+        fates[row] = TOO_LONG
+        return []
+    length = int(dataset.rows["length"][row])
+    _, supervised = dataset._tokens(row, 0, length)
+    starts = range(0, length, max_length) if too_long == "split" else [0]
+    pieces = [(row, start, min(max_length, length - start), int(supervised[start + 1 : start + max_length].sum())) for start in starts]
+    pieces = [piece for piece in pieces if piece[3]]  # a document's first token is never predicted
+    fates[row] = (SPLIT if too_long == "split" else TRUNCATED) if pieces else SILENT
+    return pieces
+
+
+def _times(source_of_rows: np.ndarray, kept: np.ndarray, sources: list[Source], seed: int) -> np.ndarray:
+    """How often each row occurs in an epoch.
+
+    With weights the epoch is the shortest in which sources have their shares and every row occurs: the source that has
+    most rows for its weight is passed once, others several times, the last time in part.
+    """
+    times = np.array([source.repeat for source in sources])[source_of_rows]
+    if any(source.weight for source in sources):
+        counts = np.bincount(source_of_rows[kept], minlength=len(sources))
+        rows_a_weight = max(count / source.weight for count, source in zip(counts, sources, strict=True))
+        for number, source in enumerate(sources):
+            mine = np.flatnonzero((source_of_rows == number) & kept)
+            if len(mine):
+                full, rest = divmod(round(source.weight * rows_a_weight), len(mine))
+                times[mine] = full
+                times[mine[shuffled(np.arange(rest), len(mine), seed, number)]] += 1
+    return times * kept
+
+
+def _first_reason(dataset: Dataset) -> str:
+    for file in dataset.files:
+        for line, _, reason in file.rejects():
+            return f"{file.path}:{line}: {reason}"
+    if len(dataset.rows):
+        return f"{dataset.where(0)}: {dataset.reason_left_out(0)}"
+    return "the files hold none"
+
+
+def check_fit(dataset: Dataset, tokenizer: Tokenizer, model: dict[str, Any], added: int = 0) -> None:
     """Raises EngineError where data or tokenizer go beyond a model, given its config.json: ids past the embedding, lengths
     past the positions. The last `added` of the tokenizer's ids get rows of their own."""
-    highest = int(dataset.tokens.max())
+    highest = max(file.index["highest"] for file in dataset.files)
     if tokenizer.size - added > model["vocab_size"] or highest >= max(model["vocab_size"], tokenizer.size):
         raise EngineError("DATA-VOCABULARY", f"the tokenizer has {tokenizer.size} ids, the model's vocab_size is {model['vocab_size']}, the data's "
                           f"highest id {highest}; use the tokenizer that belongs to the model")
     positions = model.get("max_position_embeddings", 2048)
-    if max_length > positions:
-        raise EngineError("DATA-POSITIONS", f"data.max_length is {max_length}, the model has {positions} positions (max_position_embeddings); lower it")
+    if dataset.max_length > positions:
+        raise EngineError("DATA-POSITIONS", f"data.max_length is {dataset.max_length}, the model has {positions} positions (max_position_embeddings); lower it")

@@ -26,6 +26,7 @@ class Tokenizer(Protocol):
     eos: int
     ends: frozenset[int]  # eos, and what generation_config.json lists beside it
     digest: str  # SHA-256 of the files that decide ids
+    loaded_from: tuple[Path, Path]  # its folder and the model's, for another process to load it
     spaced: frozenset[str]  # the places, see `_places`, where it takes text for a word's beginning and may put a space in front
 
     def encode(self, text: str) -> list[int]: ...
@@ -39,13 +40,16 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(folder: Path, model: Path | None = None) -> "Tokenizer":
-    """The tokenizer of a folder; `model`: the model's folder, where it is another."""
+    """The tokenizer of a folder; `model`: the model's folder, where it is another. It remembers both as `loaded_from`."""
     settings, generation = read_json(folder / "tokenizer_config.json"), read_json(folder / "generation_config.json")
     if (folder / "tokenizer.json").is_file():
-        return JsonTokenizer(folder, settings, generation, read_json((model or folder) / "config.json"))
-    if (folder / "tokenizer.model").is_file():
-        return SentencePiece(folder, settings, generation)
-    raise EngineError("TOKENIZER-FILE", f"{folder}: has neither tokenizer.model nor tokenizer.json")
+        found = JsonTokenizer(folder, settings, generation, read_json((model or folder) / "config.json"))
+    elif (folder / "tokenizer.model").is_file():
+        found = SentencePiece(folder, settings, generation)
+    else:
+        raise EngineError("TOKENIZER-FILE", f"{folder}: has neither tokenizer.model nor tokenizer.json")
+    found.loaded_from = (folder, model or folder)
+    return found
 
 
 class SentencePiece:

@@ -1,0 +1,93 @@
+"""What became of every row: trained so many times, truncated, split, dropped, rejected or not reached, in sums that balance.
+
+Sums are taken twice over: by file, from what the reader counted, and by document, from what the loop says that it trained.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from engine.data.dataset import KEPT, SILENT, SPLIT, TOO_LONG, TRUNCATED, Dataset
+from engine.data.loader import MicroBatch
+from engine.errors import BUG, EngineError
+
+class Counts(NamedTuple):
+    """What was trained, as whole numbers that ranks and steps add up. `numbers` sums each document's number plus one: it tells
+    whether they were the planned documents, not only as many."""
+
+    documents: int = 0
+    numbers: int = 0
+    tokens: int = 0
+    targets: int = 0
+
+    @classmethod
+    def of(cls, batches: Iterable[MicroBatch]) -> "Counts":
+        """What micro-batches hold, padding not counted."""
+        return sum(((batch.rows.size, int(batch.rows.sum()) + batch.rows.size, batch.num_tokens, len(batch.targets)) for batch in batches), cls())
+
+    def __add__(self, other: Iterable[float]) -> "Counts":
+        return Counts(*(one + round(another) for one, another in zip(self, other, strict=True)))
+
+
+FATES = {TRUNCATED: "truncated", SPLIT: "split", TOO_LONG: "too_long", SILENT: "no_target_left"}
+
+
+def account(dataset: Dataset, times: np.ndarray | None = None) -> dict[str, Any]:
+    """The ledger of a dataset.
+
+    Args:
+        times: (D,) how often each document was trained; None for rows that are not trained on, as in validation.
+
+    Raises:
+        EngineError: the sums do not balance, which is a bug and stops the run.
+    """
+    row_times = None if times is None else _times_of_rows(dataset, times)
+    files, first = [], 0
+    for file in dataset.files:
+        rows = slice(first, first + file.kept)
+        first += file.kept
+        fates = dataset.fates[rows]
+        entry = {"file": str(file.path), "source": dataset.sources[file.source].name, "sha256": file.index["sha256"], "bytes": file.index["bytes"],
+                 "records": file.index["records"], "rejected": file.rejected, "rows": file.kept, "kept": int(np.isin(fates, KEPT).sum()),
+                 **{name: int((fates == fate).sum()) for fate, name in FATES.items()}}
+        if row_times is not None:
+            entry["trained"] = {str(k): count for k, count in sorted(Counter(row_times[rows][np.isin(fates, KEPT)].tolist()).items())}
+        _balance(entry, file.index["records"] == file.rejected + file.kept, "records = rejected + rows")
+        _balance(entry, entry["rows"] == entry["kept"] + entry["too_long"] + entry["no_target_left"], "rows = kept + too_long + no_target_left")
+        _balance(entry, sum(entry.get("trained", {"": entry["kept"]}).values()) == entry["kept"], "kept = Σ trained")
+        files.append(entry)
+    found = {"digest": dataset.digest, "files": files, "documents": len(dataset)}
+    if times is not None:
+        numbers = np.arange(1, len(times) + 1, dtype=np.int64)
+        found |= {"documents_trained": int(times.sum()), "numbers_trained": int(times @ numbers), "tokens_trained": int(times @ dataset.lengths.astype(np.int64)),
+                  "targets_trained": int(times @ dataset.targets.astype(np.int64))}
+    return found
+
+
+def compare(account: dict[str, Any], counted: Counts) -> None:
+    """Raises EngineError where the loop, summed over its steps and all launches of the run, trained something else."""
+    for name, number in zip(("documents_trained", "numbers_trained", "tokens_trained", "targets_trained"), counted, strict=True):
+        _balance(account, account[name] == number, f"{name} = {number}, the loop's own count")
+
+
+def left_out(dataset: Dataset) -> Iterator[dict[str, str]]:
+    """Rows that no document holds, and records that are no rows: where and why."""
+    for file in dataset.files:
+        for line, column, reason in file.rejects():
+            yield {"row": f"{file.path}:{line}" + (f":{column}" if column else ""), "fate": "rejected", "reason": reason}
+    for row in np.flatnonzero(~np.isin(dataset.fates, KEPT)).tolist():
+        yield {"row": dataset.where(row), "fate": FATES[int(dataset.fates[row])], "reason": dataset.reason_left_out(row)}
+
+
+def _times_of_rows(dataset: Dataset, times: np.ndarray) -> np.ndarray:
+    """(R,) how often each row was trained whole: a split row counts when each of its pieces was."""
+    trained = np.bincount(dataset.row, weights=times, minlength=len(dataset.rows)).astype(np.int64)
+    pieces = np.bincount(dataset.row, minlength=len(dataset.rows)) // np.maximum(dataset.times, 1)
+    return trained // np.maximum(pieces, 1)
+
+
+def _balance(entry: dict[str, Any], holds: bool, what: str) -> None:
+    if not holds:
+        raise EngineError("LEDGER-BALANCE", f"the ledger does not balance: expected {what}, got {entry}; this is a bug, nothing of the run is to be trusted", BUG)

@@ -1,0 +1,215 @@
+"""The cache and what is made of it: built once and whole, cut and mixed as the recipe says, every row accounted for."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, ragged_rows, write_rows
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from engine.config import Data
+from engine.data import build, dataset, ledger
+from engine.data.loader import Loader
+from engine.data.plan import Plan
+from engine.data.tokenizer import load_tokenizer
+from engine.errors import BUG, EngineError
+
+
+@pytest.fixture
+def load(tiny, tmp_path):
+    def made(train, **options) -> dataset.Dataset:
+        cfg = Data(train=train, **{"max_length": 64, "cache": str(tmp_path / "cache"), **options})
+        return dataset.load(cfg, "train", load_tokenizer(tiny))
+
+    return made
+
+
+def rows_of(found: dataset.Dataset) -> list[tuple]:
+    return [tuple(map(tuple, found.read(document))) for document in range(len(found))]
+
+
+def test_processes_and_spans_change_nothing(load, tmp_path, monkeypatch):
+    path = write_rows(tmp_path / "rows.jsonl", [{**row, "task": f"t{i % 3}"} for i, row in enumerate(ragged_rows(3000))])
+    whole = load(str(path))
+    monkeypatch.setattr("engine.data.reading.SPAN_BYTES", 10_000)
+    monkeypatch.setattr(build, "WORKER_BYTES", 1000)
+    parts = load(str(path), cache=str(tmp_path / "other"), workers=3)
+    assert len(parts.files[0].index["spans"]) > 10 and len(whole.files[0].index["spans"]) == 1
+    assert rows_of(parts) == rows_of(whole) and np.array_equal(parts.rows, whole.rows) and parts.tasks == whole.tasks and parts.digest == whole.digest
+    assert [parts.where(row) for row in (0, 1500, 2999)] == [f"{path}:{line}" for line in (1, 1501, 3000)]
+
+
+def test_the_second_run_reads_no_text(load, tmp_path, monkeypatch):
+    path = write_rows(tmp_path / "rows.jsonl", ragged_rows(9))
+    os.utime(path, (1e9, 1e9))  # a file that has rested; one just written is looked at again
+    first = load(str(path))
+    monkeypatch.setattr(dataset, "survey", lambda path: pytest.fail("the text was read"))
+    monkeypatch.setattr(build, "build", lambda *_: pytest.fail("the text was tokenised"))
+    again = load(str(path), max_length=40, too_long="truncate")
+    assert again.digest != first.digest and rows_of(load(str(path))) == rows_of(first) and load(str(path)).digest == first.digest
+
+
+@pytest.mark.parametrize("change", [{"template": "plain"}, {"supervise": "all"}, {"format": "messages", "on_bad_row": "skip"}, {"text": "x"}])
+def test_what_decides_the_ids_is_in_the_key(load, tmp_path, change):
+    path = write_rows(tmp_path / "rows.jsonl", ragged_rows(4))
+    first = load(str(path))
+    if "text" in change:
+        path.write_text(path.read_text() + '{"instruction": "a", "output": "b"}\n')
+    if change.get("format"):
+        with pytest.raises(EngineError, match="none of 4 rows"):
+            load(str(path), **change)
+    else:
+        assert load(str(path), **{key: value for key, value in change.items() if key != "text"}).digest != first.digest
+
+
+def test_a_build_that_is_killed_leaves_nothing_that_looks_whole(tiny, tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", ragged_rows(40_000))
+    code = ("import sys\nfrom pathlib import Path\nfrom engine.config import Data\nfrom engine.data import build, dataset\n"
+            "from engine.data.tokenizer import load_tokenizer\nbuild.WORKER_BYTES = 1000\n"
+            "dataset.load(Data(train=sys.argv[1], max_length=64, cache=sys.argv[2], workers=2), 'train', load_tokenizer(Path(sys.argv[3])))\n")
+    command = [sys.executable, "-c", code, str(path), str(tmp_path / "cache"), str(tiny)]
+    started = subprocess.Popen(command, cwd=ROOT)
+    end = time.monotonic() + 60
+    while not list((tmp_path / "cache").glob(".tmp-*/*")):
+        assert time.monotonic() < end and started.poll() is None
+        time.sleep(0.005)
+    started.send_signal(signal.SIGKILL)
+    started.wait()
+    assert not [entry for entry in (tmp_path / "cache").iterdir() if (entry / "index.json").exists() and not entry.name.startswith(".tmp")]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=120)
+    found = dataset.load(Data(train=str(path), max_length=64, cache=str(tmp_path / "cache")), "train", load_tokenizer(tiny))
+    assert len(found) == 40_000 and not list((tmp_path / "cache").glob(".tmp-*"))
+
+
+def test_a_file_that_changes_under_the_reader_is_refused(load, tmp_path, monkeypatch):
+    path = write_rows(tmp_path / "rows.jsonl", ragged_rows(9))
+    write = build.write_span
+
+    def meanwhile(*arguments):
+        path.write_text(path.read_text() + "\n")
+        return write(*arguments)
+
+    monkeypatch.setattr(build, "write_span", meanwhile)
+    with pytest.raises(EngineError, match="has changed while it was read"):
+        load(str(path))
+    monkeypatch.undo()
+    assert len(load(str(path))) == 9
+
+
+def test_a_worker_that_dies_is_told(load, tmp_path, monkeypatch):
+    path = write_rows(tmp_path / "rows.jsonl", ragged_rows(3000))
+    monkeypatch.setattr("engine.data.reading.SPAN_BYTES", 10_000)
+    monkeypatch.setattr(build, "WORKER_BYTES", 1000)
+    monkeypatch.setattr(build.sys, "executable", "false")
+    with pytest.raises(EngineError, match="rows.jsonl: the process that tokenised it ended with exit code 1"):
+        load(str(path), workers=2)
+
+
+BAD = '{"instruction": "a", "output": "b"}\n{"instruction": 3, "output": "b"}\n\n{broken\n{"instruction": "c", "output": "d"}\n'
+
+
+def test_bad_rows_are_errors_that_name_all_of_them_or_are_listed(load, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(BAD)
+    with pytest.raises(EngineError) as caught:
+        load(str(path))
+    assert f"{path}:2" in caught.value.text and f"{path}:4:2" in caught.value.text and "data.on_bad_row=skip" in caught.value.text
+    found = load(str(path), on_bad_row="skip")
+    entry = ledger.account(found)["files"][0]
+    assert (entry["records"], entry["rejected"], entry["rows"], entry["kept"]) == (4, 2, 2, 2)
+    assert [one["row"] for one in ledger.left_out(found)] == [f"{path}:2:17", f"{path}:4:2"] and [found.where(row) for row in (0, 1)] == [f"{path}:1", f"{path}:5"]
+
+
+def long_rows(tmp_path) -> Path:
+    return write_rows(tmp_path / "long.jsonl", [{"instruction": "cat", "output": "dog " * 60}, {"instruction": "cat " * 60, "output": "dog"},
+                                                {"instruction": "cat", "output": "dog"}])
+
+
+@pytest.mark.parametrize(("too_long", "fates", "documents"), [("truncate", {"truncated": 1, "no_target_left": 1}, 2), ("drop", {"too_long": 2}, 1),
+                                                             ("split", {"split": 2}, None)])
+def test_rows_over_max_length(load, tmp_path, too_long, fates, documents):
+    path = long_rows(tmp_path)
+    whole, found = load(str(path), max_length=200), load(str(path), max_length=40, too_long=too_long)
+    entry = ledger.account(found)["files"][0]
+    assert {name: entry[name] for name in ledger.FATES.values() if entry[name]} == fates
+    assert documents in (None, len(found)) and (found.targets > 0).all() and (found.lengths <= 40).all()
+    for document in range(len(found)):
+        ids, supervised = found.read(document)
+        start, full = found.start[document], whole.read(int(found.row[document]))
+        assert ids.tolist() == full[0][start : start + len(ids)].tolist() and supervised[1:].sum() == found.targets[document]
+    if too_long == "split":  # every target of a piece's second token on is in exactly one piece
+        lost = sum(int(whole.read(int(row))[1][int(start)]) for row, start in zip(found.row, found.start, strict=True))
+        assert found.targets.sum() == whole.targets.sum() - lost
+
+
+def test_a_row_that_is_too_long_is_an_error_unless_the_recipe_says_what_to_do(load, tmp_path):
+    with pytest.raises(EngineError, match=r"long.jsonl:1: has \d+ tokens, data.max_length is 40 \(and 1 more such rows\)"):
+        load(str(long_rows(tmp_path)), max_length=40)
+
+
+def test_sources_are_repeated_or_weighed(load, tmp_path):
+    a, b, c = (str(write_rows(tmp_path / f"{name}.jsonl", ragged_rows(count, seed))) for seed, (name, count) in enumerate((("a", 10), ("b", 30), ("c", 7))))
+    found = load([{"path": a, "repeat": 3}, {"path": b}])
+    assert np.bincount(found.source).tolist() == [30, 30] and np.bincount(found.row).tolist() == [3] * 10 + [1] * 30
+    found = load([{"path": a, "weight": 1}, {"path": b, "weight": 1}, {"path": c, "weight": 0.5}])
+    assert np.bincount(found.source).tolist() == [30, 30, 15]
+    times = np.bincount(found.row)
+    assert set(times[:40]) == {1, 3} and sorted(set(times[40:])) == [2, 3] and np.array_equal(times, found.times)
+    again = load([{"path": a, "weight": 2}, {"path": b, "weight": 2}, {"path": c, "weight": 1}])
+    assert np.array_equal(again.row, found.row), "only the weights' proportions count"
+
+
+def test_a_directory_and_a_glob_are_sources(load, tmp_path, capsys):
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for name, seed in (("b.jsonl", 1), ("a.jsonl", 2), ("c.jsonl", 1)):
+        write_rows(folder / name, ragged_rows(3, seed))
+    found, globbed = load(str(folder)), load(str(folder / "*.jsonl"))
+    assert [file.path.name for file in found.files] == ["a.jsonl", "b.jsonl", "c.jsonl"] and globbed.digest == found.digest and len(found) == 9
+    assert "c.jsonl has the same content as" in capsys.readouterr().err
+    (folder / "b.jsonl").rename(folder / "aa.jsonl")
+    assert load(str(folder)).digest == found.digest, "a file's name is not its content"
+
+
+@given(lengths=st.lists(st.integers(1, 90), min_size=1, max_size=25), too_long=st.sampled_from(["truncate", "drop", "split"]), size=st.integers(1, 4),
+       global_batch=st.integers(1, 7), epochs=st.integers(1, 3), cuts=st.lists(st.integers(0, 60), max_size=3), packing=st.booleans(),
+       repeat=st.integers(1, 2), bad=st.integers(0, 2))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_ledger_balances_for_any_lengths_ranks_resumes_and_epochs(tiny, tmp_path, lengths, too_long, size, global_batch, epochs, cuts, packing, repeat, bad):
+    """Rows trained as ranks count them, launch after launch, are the rows that the plan says; each lies in the file with its fate."""
+    path = tmp_path / "ledger.jsonl"
+    rows = [{"instruction": "cat " * (length // 3), "output": "dog " * (length - length // 3)} for length in lengths]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{}\n" * bad)
+    cfg = Data(train=[{"path": str(path), "repeat": repeat}], max_length=48, too_long=too_long, on_bad_row="skip", packing=packing, cache=str(tmp_path / "cache"))
+    try:
+        found = dataset.load(cfg, "train", load_tokenizer(tiny))
+    except EngineError as error:
+        assert error.name == "DATA-EMPTY"
+        return
+    plan = Plan(found.lengths, found.targets, 48, global_batch, packing, True, 1, epochs)
+    stops = sorted({min(cut, plan.num_steps) for cut in cuts} | {plan.num_steps})
+    seen, counted, start = np.zeros(len(found), np.int64), ledger.Counts(), 0
+    for stop in stops:  # each launch counts what it trained and leaves its sums to the next
+        for rank in range(size):
+            for _, batches in Loader(found, plan, rank, size, 2, (1.0, 0.0), start, stop):
+                counted += ledger.Counts.of(batches)
+                for batch in batches:
+                    np.add.at(seen, batch.rows, 1)
+        start = stop
+        times = plan.times_trained(stop)
+        assert np.array_equal(seen, times)
+        account = ledger.account(found, times)
+        ledger.compare(account, counted)
+    assert set(seen) == {epochs}
+    entry = account["files"][0]
+    assert entry["records"] == len(lengths) + bad and entry["rejected"] == bad and sum(entry["trained"].values()) == entry["kept"]
+    with pytest.raises(EngineError) as caught:
+        ledger.compare(account, counted + ledger.Counts(documents=1))
+    assert caught.value.exit_code == BUG
