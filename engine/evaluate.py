@@ -17,9 +17,10 @@ from engine import distributed
 from engine.attention import PackedAttention
 from engine.config import Data, Evaluate
 from engine.data.dataset import Dataset
-from engine.data.formats import Row, read_rows
+from engine.data.formats import Row
 from engine.data.loader import collate
 from engine.data.plan import pack
+from engine.data.reading import read_rows
 from engine.data.tokenizer import Tokenizer, prompt_ids, stops
 from engine.distributed import World
 from engine.loss import summed_cross_entropy
@@ -78,7 +79,7 @@ class Evaluation:
         for number, (row, answer) in enumerate(answered):
             if number < wanted:
                 right, total = report.tasks.get(row.task, (0, 0))
-                report.tasks[row.task] = (right + (answer.strip() == row.output.strip()), total + 1)
+                report.tasks[row.task] = (right + (answer.strip() == row.messages[-1].content.strip()), total + 1)
         report.samples = answered[:: max(1, len(answered) // max(1, samples))][:samples]
         model.train(was_training)
         return report

@@ -56,8 +56,8 @@ def equation(run: Path, cfg: Recipe, base: Base, plan: Plan, rows: Dataset, num_
 
 def samples(judged: Report | None) -> str:
     """Each sampled row's question, the model's answer, and the row's own."""
-    return "\n".join(f"  > {' | '.join(part for part in (row.instruction, row.input) if part.strip())}\n"
-                     f"    {answer.strip()}\n    (expected: {row.output.strip()})" for row, answer in (judged.samples if judged else []))
+    return "\n".join(f"  > {' | '.join(part for part in (row.messages[-2].content, row.messages[-2].input) if part.strip())}\n"
+                     f"    {answer.strip()}\n    (expected: {row.messages[-1].content.strip()})" for row, answer in (judged.samples if judged else []))
 
 
 def closing(run: Path, judged: Report | None, exported: dict[Path, Agreement], frozen_digest: str | None) -> str:

@@ -16,9 +16,9 @@ import numpy as np
 from tqdm import tqdm
 
 from engine.config import Data
-from engine.data.formats import Row, read_rows
-from engine.data.template import TEMPLATES
-from engine.data.tokenizer import Tokenizer, end_of, tokenise
+from engine.data.formats import Row
+from engine.data.reading import read_rows
+from engine.data.tokenizer import Tokenizer, tokenise
 from engine.errors import EngineError
 from engine.publish import built_once
 
@@ -112,8 +112,9 @@ def _build(folder: Path, path: Path, tokenizer: Tokenizer, template: str, max_le
 
 def _tokenise(rows: list[Row], tokenizer: Tokenizer, template: str, system: str | None) -> list[tuple[list[int], list[bool]]]:
     """Ids and mask of each row, the token that ends the answer included and supervised."""
-    write, end = TEMPLATES[template], end_of(template, tokenizer)
-    return [(ids + [end], mask + [True]) for ids, mask in tokenise([write(row, system) for row in rows], write.chat, tokenizer)]
+    tokens = tokenise(rows, template, system, "answers", tokenizer)
+    ends = np.cumsum(tokens.lengths)[:-1]
+    return [(ids.tolist(), mask.tolist()) for ids, mask in zip(np.split(tokens.ids, ends), np.split(tokens.supervised, ends), strict=True)]
 
 
 def load_both(cfg: Data, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | None]:

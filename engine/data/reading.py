@@ -282,9 +282,7 @@ def _span_blocks(file: BinaryIO, span: Span) -> Iterator[bytes]:
         if not (block := file.read(min(BLOCK, left))):
             raise EngineError("DATA-CHANGED", f"{span.path}: has become shorter while it was read; start again")
         left -= len(block)
-        if file.tell() - len(block) == 0:
-            block = block.removeprefix(BOM)
-        yield block
+        yield block.removeprefix(BOM) if file.tell() == len(block) else block
 
 
 def _line_records(span: Span, blocks: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
@@ -449,16 +447,18 @@ def _parquet_records(span: Span) -> Iterator[tuple[int, dict[str, Any] | BadRow]
                 continue
             row = first
             for batch in file.iter_batches(batch_size=PARQUET_ROWS, row_groups=[number], use_threads=False):
-                for place in range(max(0, span.start - row), min(len(batch), span.end - row)):
-                    yield row + place + 1, _parquet_record(batch.slice(place, 1))
+                start, stop = max(0, span.start - row), max(0, min(len(batch), span.end - row))
+                yield from enumerate(_parquet_rows(batch.slice(start, max(0, stop - start))), row + start + 1)
                 row += len(batch)
 
 
-def _parquet_record(row: Any) -> dict[str, Any] | BadRow:
+def _parquet_rows(batch: Any) -> list[dict[str, Any] | BadRow]:
     try:
-        return _present(row.to_pylist()[0])
-    except (ValueError, OverflowError) as error:
-        return BadRow(f"a value cannot be read: {error}")
+        return [_present(row) for row in batch.to_pylist()]
+    except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date that Python has not
+        if len(batch) == 1:
+            return [BadRow(f"a value cannot be read: {error}")]
+        return [found for place in range(len(batch)) for found in _parquet_rows(batch.slice(place, 1))]
 
 
 def _present(value: Any) -> Any:
