@@ -9,6 +9,7 @@ here = Path(__file__).resolve().parent
 version = re.search(r'^__version__ = "(.+)"$', (here / "engine" / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE)[1]
 
 hub = ["tokenizers", "huggingface_hub>=2.4", "gguf"]
+parquet = ["pyarrow"]
 
 setup(
     name="ddp-instruct-engine",
@@ -20,6 +21,7 @@ setup(
     install_requires=["torch>=2.9", "sentencepiece", "numpy", "tensorboard", "omegaconf", "safetensors", "tqdm"],
     extras_require={
         "hub": hub,
-        "dev": [*hub, "pytest", "hypothesis", "ruff", "transformers", "peft"],  # the last two are references in tests
+        "parquet": parquet,
+        "dev": [*hub, *parquet, "pytest", "hypothesis", "ruff", "transformers", "peft"],  # the last two are references in tests
     },
 )

@@ -37,12 +37,12 @@ class EngineError(Exception):
         return f"ERROR E-{self.name} {self.text}"
 
 
-def extra(package: str, source: str | Path) -> Any:
-    """A package of the [hub] extra, which `source` needs."""
+def extra(package: str, source: str | Path, name: str = "hub") -> Any:
+    """A package of the extra `name`, which `source` needs."""
     try:
         return import_module(package)
     except ImportError as error:
-        text = f"{source} needs the package {package}: pip install -c constraints.txt -e '.[hub]'"
+        text = f"{source} needs the package {package}: pip install -c constraints.txt -e '.[{name}]'"
         raise EngineError("ENVIRONMENT-EXTRA", text, ENVIRONMENT) from error
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from engine import hub
 from engine.arguments import Parser, between
-from engine.data.formats import Row, read_rows
+from engine.data.formats import Message, Row
+from engine.data.reading import read_rows
 from engine.data.template import TEMPLATES
 from engine.errors import ENVIRONMENT, EngineError, run
 
@@ -97,7 +98,8 @@ def answer_file(answerer: "Answerer", rows: list[Row], args: argparse.Namespace)
         for start in range(0, len(rows), args.batch):
             batch = rows[start : start + args.batch]
             for row, ids in zip(batch, answerer.answer(prompts[start : start + args.batch]), strict=True):
-                record = {"instruction": row.instruction, "input": row.input, "answer": answerer.tokenizer.decode(ids)}
+                asked = row.messages[0]
+                record = {"instruction": asked.content, "input": asked.input, "answer": answerer.tokenizer.decode(ids)}
                 print(json.dumps(record, ensure_ascii=False), file=out)
             out.flush()
             progress.update(len(batch))
@@ -144,7 +146,7 @@ class Answerer:
         from engine.data.tokenizer import prompt_ids
 
         try:
-            f"{row.instruction}{row.input}".encode()
+            "".join(message.content + message.input for message in row.messages).encode()
         except UnicodeEncodeError as error:  # of the command line or the terminal; a file's rows were looked at
             raise EngineError("GENERATE-TEXT", f"{where}the prompt holds half a character ({error}); expected UTF-8") from error
         ids, limit = prompt_ids(row, self.template, self.tokenizer, self.system), self.model.config.max_position_embeddings
@@ -167,7 +169,8 @@ class Answerer:
     def stream(self, instruction: str, about: str) -> None:
         """Prints an answer as it comes."""
         text = Stream(self.tokenizer.decode)
-        self.answer([self.prompt(Row(0, instruction, about, ""))], lambda row, token: print(text.add(token), end="", flush=True))
+        row = Row(0, (Message("user", instruction, about),))
+        self.answer([self.prompt(row)], lambda row, token: print(text.add(token), end="", flush=True))
         print(text.rest())
 
     def report(self) -> None:

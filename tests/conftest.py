@@ -23,6 +23,7 @@ import torch
 torch.set_num_threads(1)  # no pool of threads, so forking is safe
 
 from engine import train
+from engine.data.formats import Message, Row
 from engine.errors import EngineError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,6 +42,11 @@ def ragged_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
         return " ".join(WORDS[i] for i in torch.randint(len(WORDS), (length,), generator=draw).tolist())
 
     return [{"instruction": words(4), "input": "" if i % 3 == 0 else words(6), "output": words(12)} for i in range(count)]
+
+
+def a_row(instruction: str, input: str = "", output: str = "", line: int = 1) -> Row:
+    """The row of a record in alpaca's form, an empty answer allowed."""
+    return Row(line, (Message("user", instruction, input), Message("assistant", output)))
 
 
 def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:

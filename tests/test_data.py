@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ragged_rows, write_rows
+from conftest import a_row, ragged_rows, write_rows
 
 from engine import train
 from engine.data import dataset as datasets
 from engine.data.dataset import load_dataset
-from engine.data.formats import Row, read_rows
-from engine.data.template import TEMPLATES
+from engine.data.reading import read_rows
+from engine.data.template import EOS, TEMPLATES
 from engine.data.tokenizer import JsonTokenizer, end_of, load_tokenizer, prompt_ids
 from engine.errors import USER, EngineError
 
@@ -39,11 +39,11 @@ def bpe(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_prompt_is_tokenised_alike_in_training_and_generation_and_the_end_is_supervised_once(tiny, bpe, tmp_path, kind, template):
     tokenizer = load_tokenizer(tiny if kind == "sentencepiece" else bpe)
-    if kind == "sentencepiece" and any(segment.special for segment in TEMPLATES[template](Row(1, "a", "", "b"))):
+    if kind == "sentencepiece" and any(segment.special and segment.text != EOS for segment in TEMPLATES[template](a_row("a", "", "b"))):
         with pytest.raises(EngineError, match="lacks"):
             prompt_ids(next(read_rows(write_rows(tmp_path / "r.jsonl", ragged_rows(1)))), template, tokenizer)
         return
-    rows = ragged_rows(12) + [{"instruction": "a\n", "input": " ", "output": "\n b "}, {"instruction": "红", "input": "🙂", "output": ""}]
+    rows = ragged_rows(12) + [{"instruction": "a\n", "input": " ", "output": "\n b "}, {"instruction": "红", "input": "🙂", "output": "🙂"}]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     data = load_dataset(path, tokenizer, template, 200, "error", tmp_path / "cache")
     for number, row in enumerate(read_rows(path)):
@@ -54,14 +54,14 @@ def test_prompt_is_tokenised_alike_in_training_and_generation_and_the_end_is_sup
         assert ids[-1] == end_of(template, tokenizer) and ids[len(prompt) :].count(ids[-1]) == 1
         assert ids[: len(tokenizer.prefix)] == tokenizer.prefix and len(tokenizer.prefix) == 1
         assert ids.count(tokenizer.prefix[0]) == 1, "the beginning of the sequence appears twice"
-        assert tokenizer.decode(ids[len(prompt) : -1]).strip() == row.output.strip()
+        assert tokenizer.decode(ids[len(prompt) : -1]).strip() == row.messages[-1].content.strip()
 
 
 def test_the_seeds_template_to_the_letter():
-    text = lambda row: "".join(segment.text for segment in TEMPLATES["alpaca"](row))  # noqa: E731
+    text = lambda row: "".join(segment.text for segment in TEMPLATES["alpaca"](row)).removesuffix(EOS)  # noqa: E731
     full, bare = ({"instruction": "I", "input": given, "output": "O"} for given in ("X", " \n"))
-    assert text(Row(1, **full)) == "### Instruction:\nI\n\n### Input:\nX\n\n### Response:\nO"
-    assert text(Row(1, **bare)) == "### Instruction:\nI\n\n### Response:\nO"
+    assert text(a_row(**full)) == "### Instruction:\nI\n\n### Input:\nX\n\n### Response:\nO"
+    assert text(a_row(**bare)) == "### Instruction:\nI\n\n### Response:\nO"
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "bpe"])
@@ -82,11 +82,11 @@ def test_ids_equal_transformers(bpe):
 
 
 @pytest.mark.parametrize(("line", "words"), [
-    (b'{"instruction": "a", "output": "b"', ":2:35: not JSON"), (b"[1]", ":2: got a list, expected an object"),
+    (b'{"instruction": "a", "output": "b"', ":2:35: not JSON"), (b"[1]", ":2:1: got a list, expected an object"),
     (b'{"instruction": "a"}', ':2: "output": got no such field'), (b'{"instruction": "a", "output": 5}', ':2: "output": got 5, expected text'),
     (b'{"instruction": null, "output": "b"}', ':2: "instruction": got null'), (b'{"instruction": "\xff", "output": "b"}', ":2:18: byte 0xff is not UTF-8"),
     (b'{"instruction": "a", "output": "b", "input": []}', ':2: "input": got []'),
-    (rb'{"instruction": "a", "output": "\ud83d"}', ':2: "output": got half a character'),
+    (rb'{"instruction": "a", "output": "\ud83d"}', ':2:33: half a character (\\ud83d'),
 ])
 def test_a_bad_row_is_named_by_path_and_line(recipe, tmp_path, line, words):
     path = tmp_path / "rows.jsonl"

@@ -10,7 +10,7 @@ import pytest
 import sentencepiece
 import tokenizers
 import torch
-from conftest import ROOT, ragged_rows, write_rows
+from conftest import ROOT, a_row, ragged_rows, write_rows
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine import generate as command
@@ -19,7 +19,6 @@ from engine.adapter import save
 from engine.attention import PackedAttention
 from engine.config import Lora
 from engine.data.dataset import load_dataset
-from engine.data.formats import Row
 from engine.data.template import TEMPLATES
 from engine.data.tokenizer import end_of, load_tokenizer, prompt_ids, stops
 from engine.dropout import DropoutKeys
@@ -158,13 +157,13 @@ def test_prompts_are_what_stands_before_the_answer_in_training(template, folder,
         part = slice(*dataset.offsets[number : number + 2])
         tokens, supervised = dataset.tokens[part].tolist(), dataset.supervised[part]
         prompt = tokens[: int(supervised.argmax())]
-        assert prompt_ids(Row(1, **row), template, tokenizer) == prompt
+        assert prompt_ids(a_row(**row), template, tokenizer) == prompt
         assert tokens[-1] == end_of(template, tokenizer) and supervised[len(prompt) :].all()
 
 
 def answer_of(model, folder: Path, instruction: str, about: str = "", template: str = "alpaca", count: int = 12, **settings) -> str:
     tokenizer = load_tokenizer(folder)
-    prompt = prompt_ids(Row(0, instruction, about, ""), template, tokenizer)
+    prompt = prompt_ids(a_row(instruction, about), template, tokenizer)
     return tokenizer.decode(generate(model, [prompt], stops(template, tokenizer), count, Sampling(**settings))[0])
 
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import sentencepiece
 import tokenizers
-from conftest import ROOT, ragged_rows, write_rows
+from conftest import ROOT, a_row, ragged_rows, write_rows
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
@@ -23,7 +23,6 @@ from engine.config import Data
 from engine.data import chat_template
 from engine.data.chat_template import difference, own_template, render
 from engine.data.dataset import load_both, load_dataset
-from engine.data.formats import Row
 from engine.data.template import TEMPLATES, question
 from engine.data.tokenizer import end_of, load_tokenizer, prompt_ids, stops
 from engine.errors import SECURITY, USER, EngineError
@@ -46,7 +45,7 @@ ROWS = [
     {"instruction": "Name a cat.", "input": "", "output": "Tom"},
     {"instruction": "Which one runs?", "input": "red dog\nblue fish", "output": "The dog.\n\nIt runs."},
     {"instruction": "用中文回答：红色的猫", "input": "一只狗，三条鱼 🐟", "output": "猫是红色的。"},
-    {"instruction": " padded \n", "input": " \t", "output": " out \n"}, {"instruction": "x  y", "input": " in ", "output": ""},
+    {"instruction": " padded \n", "input": " \t", "output": " out \n"}, {"instruction": "x  y", "input": " in ", "output": "."},
     {"instruction": "a\u0301 ｆｕｌｌ", "input": "é\u200d\u0000", "output": "１２３ 456789"},
     {"instruction": "say </s><|im_end|>\n<|im_start|>system", "input": "<s>[INST] a [/INST]<|eot_id|>", "output": "<|eot_id|><|im_end|></s>[/INST] b"},
 ]
@@ -159,9 +158,9 @@ def test_ids_are_those_of_the_models_own_template(folders, tmp_path, own, kind, 
         for number, row in enumerate(ROWS):
             part = slice(*data.offsets[number : number + 2])
             ids, supervised = data.tokens[part].tolist(), data.supervised[part].tolist()
-            asked = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": question(Row(1, **row))}]
+            asked = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": question(a_row(**row).messages[0])}]
             prompt = ids_of_own_template(jinja, folder, tokenizer, asked, add_generation_prompt=True, enable_thinking=False)
-            assert ids[: len(prompt)] == prompt == prompt_ids(Row(1, **row), template, tokenizer, system or unasked), row
+            assert ids[: len(prompt)] == prompt == prompt_ids(a_row(**row), template, tokenizer, system or unasked), row
             if own == "mistral" and system:  # its own template leaves the system prompt out where there is an answer
                 whole = prompt + ids_of_own_template(jinja, folder, tokenizer, [*asked[1:], {"role": "assistant", "content": row["output"]}])[
                     len(ids_of_own_template(jinja, folder, tokenizer, asked[1:])) :]
@@ -209,7 +208,7 @@ def test_a_control_token_that_its_file_calls_plain_is_still_none_of_the_texts(fo
     (folder / "tokenizer.json").write_text(json.dumps(saved))
     (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     tokenizer = load_tokenizer(folder)
-    ids = prompt_ids(Row(1, "a <|im_end|> b", "", ""), "chatml", tokenizer)
+    ids = prompt_ids(a_row("a <|im_end|> b", "", ""), "chatml", tokenizer)
     assert ids.count(tokenizer.special("<|im_end|>")) == 1
 
 
@@ -228,7 +227,7 @@ def test_generation_stops_at_every_end_that_is_listed(tiny, tmp_path, monkeypatc
     command.Answerer(command.arguments(["--model", str(folder), "--device", "cpu"])).answer([[1]])
     monkeypatch.setattr(evaluate, "generate", lambda model, prompts, ends, *rest: (seen.append(ends), [[] for _ in prompts])[1])
     judge = evaluate.Evaluation.__new__(evaluate.Evaluation)
-    judge.rows, judge.data, judge.cfg, judge.tokenizer = [Row(1, "a", "", "b")], Data(), config.Evaluate(), tokenizer
+    judge.rows, judge.data, judge.cfg, judge.tokenizer = [a_row("a", "", "b")], Data(), config.Evaluate(), tokenizer
     judge.world, judge.precision = SimpleNamespace(rank=0, size=1, is_first=False), SimpleNamespace(context=nullcontext)
     monkeypatch.setattr(evaluate.distributed, "gather_text", lambda text, world: [text])
     judge._answers(None, 1)
@@ -249,14 +248,14 @@ def test_a_system_prompt_is_refused_by_name_where_there_is_no_place_for_one(reci
     assert set(config.options()["data.template"].metadata["choices"]) == set(TEMPLATES)
     for name, template in TEMPLATES.items():
         if template.chat:
-            assert "Be brief." in "".join(segment.text for segment in template(Row(1, "a", "", "b"), "Be brief.")), name
+            assert "Be brief." in "".join(segment.text for segment in template(a_row("a", "", "b"), "Be brief.")), name
             config.load(recipe(f"data.template={name}", "data.system=Be brief."))
             continue
         with pytest.raises(EngineError, match=f"data.system is given, but data.template={name} has no place") as caught:
             config.load(recipe(f"data.template={name}", "data.system=Be brief."))
         assert caught.value.exit_code == USER
         with pytest.raises(EngineError, match=f"{name} has no place for a system prompt"):
-            template(Row(1, "a", "", "b"), "Be brief.")
+            template(a_row("a", "", "b"), "Be brief.")
 
 
 def test_the_cache_knows_the_system_prompt(tiny, tmp_path):
@@ -268,7 +267,7 @@ def test_the_cache_knows_the_system_prompt(tiny, tmp_path):
 def test_training_and_held_out_rows_are_asked_with_it(tiny, tmp_path):
     path, tokenizer = str(write_rows(tmp_path / "rows.jsonl", ragged_rows(1))), load_tokenizer(tiny)
     for data in load_both(Data(path, path, template="llama2", system="Be brief.", cache=str(tmp_path / "cache")), tokenizer):
-        prompt = prompt_ids(Row(1, **ragged_rows(1)[0]), "llama2", tokenizer, "Be brief.")
+        prompt = prompt_ids(a_row(**ragged_rows(1)[0]), "llama2", tokenizer, "Be brief.")
         assert data.tokens[: len(prompt)].tolist() == prompt
 
 
@@ -283,7 +282,7 @@ def test_an_export_is_asked_as_training_did_and_lists_its_ends(recipe, trained, 
     note = json.loads((export / "engine.json").read_text())
     assert note["template"] == "llama2" and note["system"] == "Be brief: 红"
     assert json.loads((export / "generation_config.json").read_text()) == {"eos_token_id": [2, 9], "temperature": 0.6}
-    row, tokenizer = Row(1, **ragged_rows(1)[0]), load_tokenizer(tiny)
+    row, tokenizer = a_row(**ragged_rows(1)[0]), load_tokenizer(tiny)
 
     def prompt(*more: str) -> list[int]:
         return command.Answerer(command.arguments(["--model", str(export), "--device", "cpu", *more])).prompt(row)

@@ -8,16 +8,14 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import tokenizers
-from conftest import ragged_rows
+from conftest import a_row, ragged_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
-from engine.data import dataset as datasets
 from engine.data.dataset import check_fit, load_dataset
-from engine.data.formats import Row
-from engine.data.tokenizer import PLACES, load_tokenizer, prompt_ids
+from engine.data.tokenizer import PLACES, load_tokenizer, prompt_ids, tokenise
 from engine.errors import USER, EngineError
 
 SPECIALS = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "[INST]", "[/INST]"]
@@ -172,7 +170,7 @@ def test_where_a_tokenizer_puts_spaces(pairs):
         ours, reference = pairs(kind)
         chat = AutoTokenizer.from_pretrained(reference.fast.name_or_path)
         text = "<s><|im_start|>user\nred<|im_end|>\n<|im_start|>assistant\n"
-        assert prompt_ids(Row(1, "red", "", ""), "chatml", ours) == chat(text, add_special_tokens=False)["input_ids"] == ours.encode_rendered(text)
+        assert prompt_ids(a_row("red", "", ""), "chatml", ours) == chat(text, add_special_tokens=False)["input_ids"] == ours.encode_rendered(text)
         assert ours.encode("<s>") == reference.encode("<s>") != [1], "after encode_rendered, names are text again"
 
 
@@ -209,9 +207,10 @@ def test_no_id_of_the_data_is_beyond_the_model(folders, tmp_path):
         check_fit(data, ours, {"vocab_size": 700}, 64)
 
 
-def test_a_batch_is_tokenised_in_few_calls(pairs, monkeypatch):
+def test_each_text_of_a_batch_is_tokenised_once(pairs, monkeypatch):
     ours, _ = pairs("byte")
     calls, real = [], ours.encode_all
     monkeypatch.setattr(ours, "encode_all", lambda texts, spaced=True: (calls.append(len(texts)), real(texts, spaced))[1])
-    rows = [Row(number, "red", "", "cat") for number in range(50)]
-    assert len(datasets._tokenise(rows, ours, "chatml", None)) == 50 and len(calls) <= 2 and sum(calls) == 200
+    rows = [a_row("red", "", "cat" * (number + 1), number) for number in range(50)]
+    assert len(tokenise(rows, "chatml", None, "answers", ours).lengths) == 50 and len(calls) <= 2
+    assert sum(calls) == 50 + 3, "the answers, the question, the line break, the answers' header"

@@ -8,18 +8,22 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from engine.config import Data
-from engine.data.formats import Row, read_rows
+from engine.data.formats import BadRow, Message, Row
+from engine.data.reading import read_rows
 from engine.data.template import TEMPLATES, question
-from engine.data.tokenizer import Tokenizer, end_of, read_json, tokenise
+from engine.data.tokenizer import Tokenizer, prompt_ids, read_json, tokenise
 from engine.errors import SECURITY, EngineError
 
 SIZE = 1 << 20  # characters of a template
 WALL_S = 10.0  # its CPU time is limited more narrowly; this is for machines that have none to spare
-COMPARED = 1000  # characters of a row's instruction, input and output
+COMPARED = 1000  # characters of each message of a row
+TURNS = 8  # messages of a row
 
 
 def own_template(folder: Path) -> str | None:
@@ -73,6 +77,8 @@ def check(folder: Path, data: Data, tokenizer: Tokenizer) -> None:
     try:
         if (template := own_template(folder)) is not None and (found := difference(template, folder, data, tokenizer)):
             print(f"WARNING {found}", file=sys.stderr)
+    except BadRow:  # the template has no place for it; tokenising says so
+        pass
     except EngineError as error:
         print(f"WARNING {folder}: not compared with data.template={data.template}: {error.text}", file=sys.stderr)
 
@@ -84,14 +90,14 @@ def difference(template: str, folder: Path, data: Data, tokenizer: Tokenizer) ->
     answer already, as Mistral's does, and then only prompts are compared.
     """
     row = _sample(Path(data.train), tokenizer)
+    if row.messages[0].role == "text":
+        return None
     prompt, whole = render(template, _conversations(row, data.system), _names(folder, tokenizer))
     answered = whole.startswith(prompt)
     own = tokenizer.encode_rendered(whole if answered else prompt)
 
     def ours(name: str, system: str | None) -> list[int]:
-        segments = [segment for segment in TEMPLATES[name](row, system) if answered or not segment.supervised]
-        (ids, _), = tokenise([segments], TEMPLATES[name].chat, tokenizer)
-        return [*ids, end_of(name, tokenizer)] if answered else ids
+        return tokenise([row], name, system, "answers", tokenizer).ids.tolist() if answered else prompt_ids(row, name, tokenizer, system)
 
     def same(name: str, system: str | None) -> bool:
         ids = ours(name, system)  # templates may write a line break after the answer's end, before the next turn
@@ -108,7 +114,7 @@ def difference(template: str, folder: Path, data: Data, tokenizer: Tokenizer) ->
                 also = "" if system == data.system else f" with data.system={json.dumps(system, ensure_ascii=False)}"
                 advice = f"data.template={name}{also} would be the same"
                 break
-        except EngineError:  # a control token that this tokenizer lacks
+        except (EngineError, BadRow):  # a control token that this tokenizer lacks, a message that has no place there
             pass
     return (f"data.template={data.template} is not how {folder} says it chats: the first row's ids differ from its own chat template's from token "
             f"{at} on, {tokenizer.show(asked[at : at + 6])!r} where its own has {tokenizer.show(own[at : at + 6])!r}; {advice}")
@@ -119,8 +125,14 @@ def _candidates(row: Row, system: str | None, own_prompt: str, tokenizer: Tokeni
     where ours would have it, if the rest is as ours."""
     chats = [name for name, template in TEMPLATES.items() if template.chat]
     yield from ((name, system) for name in (chats if system is not None else TEMPLATES))
-    for name in chats if system is None else []:
-        text = "".join(segment.text for segment in TEMPLATES[name](row, "\ue000") if not segment.supervised)
+    if system is not None or row.messages[0].role == "system":
+        return
+    for name in chats:
+        try:
+            segments = TEMPLATES[name](row, "\ue000")
+        except BadRow:
+            continue
+        text = "".join(segment.text for segment in takewhile(lambda one: one.turn != len(row.messages) - 1, segments))
         before, _, after = text.partition("\ue000")
         before = "".join(map(tokenizer.name, tokenizer.prefix)) + before
         if own_prompt.startswith(before) and own_prompt.endswith(after):
@@ -131,9 +143,15 @@ def _candidates(row: Row, system: str | None, own_prompt: str, tokenizer: Tokeni
 
 def _conversations(row: Row, system: str | None) -> list[dict[str, Any]]:
     """The row as it is asked, and with its answer."""
-    asked = [*([{"role": "system", "content": system}] if system is not None else []), {"role": "user", "content": question(row)}]
-    return [{"messages": asked, "add_generation_prompt": True},
-            {"messages": [*asked, {"role": "assistant", "content": row.output}], "add_generation_prompt": False}]
+    own = [] if system is None or row.messages[0].role == "system" else [{"role": "system", "content": system}]
+    messages = own + [as_chat(message) for message in row.messages]
+    return [{"messages": messages[:-1], "add_generation_prompt": True}, {"messages": messages, "add_generation_prompt": False}]
+
+
+def as_chat(message: Message) -> dict[str, Any]:
+    """A message as chat templates take it."""
+    calls = [{"type": "function", "function": call} for call in message.calls]
+    return {"role": message.role, "content": question(message), **({"tool_calls": calls} if calls else {})}
 
 
 def _names(folder: Path, tokenizer: Tokenizer) -> dict[str, str]:
@@ -147,5 +165,11 @@ def _names(folder: Path, tokenizer: Tokenizer) -> dict[str, str]:
 def _sample(path: Path, tokenizer: Tokenizer) -> Row:
     """The first row, cut, and without the names of control tokens: a chat template's text cannot tell them from its own."""
     row, names = next(read_rows(path)), "|".join(map(re.escape, tokenizer.specials())) or "(?!)"
-    return Row(row.line, *(re.sub(names, " ", text[:COMPARED]).strip() for text in (row.instruction, row.input, row.output)))
 
+    def cut(text: str) -> str:
+        return re.sub(names, " ", text[:COMPARED]).strip()
+
+    messages = row.messages[:TURNS]
+    while messages[-1].role not in ("assistant", "text"):
+        messages = messages[:-1]
+    return replace(row, messages=tuple(replace(one, content=cut(one.content), input=cut(one.input)) for one in messages))

@@ -7,12 +7,16 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
-from engine.data.formats import Row
-from engine.data.template import TEMPLATES, Segment
+import numpy as np
+
+from engine.data.formats import Message, Row
+from engine.data.template import BOS, EOS, TEMPLATES
 from engine.errors import EngineError, extra
 
 # Files of a tokenizer, the last three for other tools to use it.
@@ -191,51 +195,103 @@ class JsonTokenizer:
         return bool(names) and self.model.encode(f"{names[0]}a", add_special_tokens=False).ids[1:] == self.encode("a")
 
 
-# What stands before a segment: nothing that counts, or in a chat the prefix, a control token, text.
+# What stands before a segment: nothing that counts, or in a chat what begins a sequence, a control token, text.
 PLACES = frozenset({"alone", "begin", "control", "text"})
 
 
-def tokenise(rows: Sequence[Sequence[Segment]], chat: bool, tokenizer: Tokenizer) -> list[tuple[list[int], list[bool]]]:
-    """Ids of each row's segments end to end, and which are supervised. Begins with the tokenizer's prefix.
+@dataclass(frozen=True)
+class Tokens:
+    """Rows as ids, end to end.
 
-    Each segment is tokenised by itself, all texts in two calls at most; segments of a chat as if what is before them were there.
+    ids         int32   those of all rows
+    supervised  bool    beside them: which are learnt. A row's first never is, as nothing stands before it.
+    lengths     int32   ids of each row; a row ends with the token that ends its last answer
+    answers     int32   where in its row the last answer begins; -1: it is no conversation
     """
-    numbers = {name: tokenizer.special(name) for name in {segment.text for row in rows for segment in row if segment.special}}
-    texts: dict[bool, list[str]] = {True: [], False: []}
+
+    ids: np.ndarray
+    supervised: np.ndarray
+    lengths: np.ndarray
+    answers: np.ndarray
+
+
+def tokenise(rows: Sequence[Row], template: str, system: str | None, supervise: str, tokenizer: Tokenizer) -> Tokens:
+    """Ids of rows that end with an answer, and which are learnt.
+
+    Each segment is tokenised by itself, in a chat as if what is before it were there, and each text of the batch once.
+
+    Args:
+        system: prompt for rows that have none of their own.
+        supervise: "answers", "last": only the last of a row, or "all": every message and what is written around it, but not what
+            the tokenizer begins a sequence with. What a message says of itself (`train`) goes before.
+
+    Raises:
+        BadRow: a row has messages that the template has no place for; `Template.check` tells of one row.
+    """
+    pieces: dict[tuple[str, bool | None], int] = {}  # the distinct ones of the batch: text, spaced or not, or control tokens (None), and their number
+    segments, learnt, starts, answers = [], [], [], []  # each segment's piece, and whether it is supervised; each row's first segment, its last answer's
+    write, around = TEMPLATES[template], supervise == "all"
     for row in rows:
-        for segment, place in zip(row, _places(row, chat), strict=True):
-            if not segment.special:
-                texts[place in tokenizer.spaced].append(segment.text)
-    ready = {spaced: iter(tokenizer.encode_all(some, spaced)) for spaced, some in texts.items()}
-    found = []
-    for row in rows:
-        ids, supervised = list(tokenizer.prefix), [False] * len(tokenizer.prefix)
-        for segment, place in zip(row, _places(row, chat), strict=True):
-            new = [numbers[segment.text]] if segment.special else next(ready[place in tokenizer.spaced])
-            ids += new
-            supervised += [segment.supervised] * len(new)
-        found.append((ids, supervised))
+        wanted, last = _wanted(row, supervise), len(row.messages) - 1
+        text_alone = row.messages[0].role == "text"
+        place = "begin" if write.chat and not text_alone else "alone"
+        starts.append(len(segments))
+        answers.append(-1)
+        segments.append(pieces.setdefault((BOS, None), len(pieces)))
+        learnt.append(False)
+        for text, special, turn in write(row, system):
+            if turn == last and answers[-1] < 0 and not text_alone:
+                answers[-1] = len(segments)
+            segments.append(pieces.setdefault((text, None if special else place in tokenizer.spaced), len(pieces)))
+            begins = special and text == BOS
+            learnt.append(not begins and (around if turn is None else wanted[turn]))
+            if place != "alone":
+                place = "begin" if begins else "control" if special else "text"
+    found = _encode(pieces, tokenizer)
+    lengths = np.fromiter(map(len, found), np.int64, len(found))
+    ids = np.fromiter(chain.from_iterable(found), np.int32, int(lengths.sum()))
+    which, first, at = (np.asarray(one, np.int64) for one in (segments, starts, answers))
+    sizes = lengths[which]
+    ends = np.cumsum(sizes)
+    # index of every token in `ids`: where its segment's piece begins there, plus 0, 1, 2 …
+    index = np.repeat(np.cumsum(lengths)[which] - ends, sizes) + np.arange(sizes.sum())
+    supervised, begins = np.repeat(np.asarray(learnt, bool), sizes), (ends - sizes)[first]
+    supervised[begins] = False
+    return Tokens(ids[index], supervised, np.diff(begins, append=len(index)).astype(np.int32),
+                  np.where(at < 0, -1, (ends - sizes)[at] - begins).astype(np.int32))
+
+
+def _wanted(row: Row, supervise: str) -> list[bool]:
+    """Whether each message is learnt."""
+    last = len(row.messages) - 1
+    return [message.train if message.train is not None else supervise == "all" or message.role == "text"
+            or message.role == "assistant" and (supervise == "answers" or turn == last) for turn, message in enumerate(row.messages)]
+
+
+def _encode(pieces: dict[tuple[str, bool | None], int], tokenizer: Tokenizer) -> list[list[int]]:
+    found: list[list[int]] = [[]] * len(pieces)
+    for (name, kind), number in pieces.items():  # control tokens first: `special` keeps text from writing them
+        if kind is None:
+            found[number] = tokenizer.prefix if name == BOS else [tokenizer.eos] if name == EOS else [tokenizer.special(name)]
+    for kind in (True, False):
+        some = [(text, number) for (text, spaced), number in pieces.items() if spaced is kind]
+        for (_, number), ids in zip(some, tokenizer.encode_all([text for text, _ in some], kind), strict=True):
+            found[number] = ids
     return found
 
 
-def _places(row: Sequence[Segment], chat: bool) -> Iterator[str]:
-    place = "begin" if chat else "alone"
-    for segment in row:
-        yield place
-        if chat:
-            place = "control" if segment.special else "text"
-
-
 def prompt_ids(row: Row, template: str, tokenizer: Tokenizer, system: str | None = None) -> list[int]:
-    """What generation starts from: exactly the tokens that stand before the answer in training."""
-    prompt = [segment for segment in TEMPLATES[template](row, system) if not segment.supervised]
-    return tokenise([prompt], TEMPLATES[template].chat, tokenizer)[0][0]
+    """What generation starts from: exactly the tokens that stand before the last answer in training. The row may lack that answer."""
+    if row.messages[-1].role not in ("assistant", "text"):
+        row = replace(row, messages=(*row.messages, Message("assistant", "")))
+    tokens = tokenise([row], template, system, "answers", tokenizer)
+    return tokens.ids[: tokens.answers[0]].tolist()  # of plain text, all but its end
 
 
 def end_of(template: str, tokenizer: Tokenizer) -> int:
     """The token that ends an answer."""
     name = TEMPLATES[template].end
-    return tokenizer.eos if name is None else tokenizer.special(name)
+    return tokenizer.eos if name == EOS else tokenizer.special(name)
 
 
 def stops(template: str, tokenizer: Tokenizer) -> frozenset[int]:

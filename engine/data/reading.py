@@ -1,0 +1,468 @@
+"""Bytes on disk -> records, each with its line. Knows files, not what their records mean.
+
+JSON Lines, one JSON array of records, or Parquet through the [parquet] extra. `survey` goes over a file's bytes once and cuts it
+into spans, which `records` reads apart from each other, in any process; neither holds more than a block and one record.
+"""
+
+import glob
+import hashlib
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from engine.data.formats import FORMATS, BadRow, Row
+from engine.data.strict import parse
+from engine.errors import EngineError, extra
+
+BLOCK = 1 << 20  # bytes read at once
+SPAN = 32 << 20  # bytes of a span, about
+MAX_RECORD = 16 << 20  # bytes of a record
+PARQUET_ROWS = 1024  # read at once
+SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet")  # what is taken of a folder
+COMPRESSED = (".gz", ".zip", ".zst", ".bz2", ".xz")
+# How files begin that are something else.
+STRANGERS = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz"}
+UTF16 = {b"\xff\xfe": "it begins with FF FE", b"\xfe\xff": "it begins with FE FF", b"{\0": "every second byte is zero", b"[\0": "every second byte is zero",
+         b"\0{": "every second byte is zero", b"\0[": "every second byte is zero"}
+BOM = b"\xef\xbb\xbf"
+BLANK = b" \t\r\n"
+CONTINUATION = bytes(range(0x80, 0xC0))  # the second to fourth byte of a character
+
+
+@dataclass(frozen=True)
+class Span:
+    """A part of a file with whole records: from byte `start` to before byte `end`, of parquet from row to row.
+
+    `kind`: lines, array or parquet. `first_line`, `first_column`: the line of its first byte or the number of its first row, from
+    1, and the character on that line.
+    """
+
+    path: Path
+    kind: str
+    start: int
+    end: int
+    first_line: int = 1
+    first_column: int = 1
+
+
+@dataclass(frozen=True)
+class FileSurvey:
+    """`lines`: of text, or rows of parquet."""
+
+    path: Path
+    sha256: str
+    bytes: int
+    lines: int
+    kind: str
+    spans: tuple[Span, ...]
+
+
+# ---- Which files ---------------------------------------------------------------------------------------------------------
+
+
+def expand(pattern: str | Path) -> list[Path]:
+    """The files that a path, a pattern with * or ?, or a folder stands for, by name. Of a folder those ending in SUFFIXES count.
+
+    Raises:
+        EngineError: there is none, or one that cannot be read as it is.
+    """
+    path = Path(pattern)
+    if path.is_dir():
+        found = [one for one in path.iterdir() if not one.name.startswith(".") and one.suffix.lower() in (*SUFFIXES, *COMPRESSED) and not one.is_dir()]
+        expected = f"files that end in {', '.join(SUFFIXES)}"
+    elif glob.has_magic(str(pattern)) and not _exists(path):
+        found, expected = [Path(one) for one in glob.glob(str(pattern), recursive=True) if not Path(one).is_dir()], "files of that name"
+    else:
+        found, expected = [path], ""
+    if not found:
+        raise EngineError("DATA-FILE", f"{pattern}: got none, expected {expected}")
+    found = sorted(found, key=str)
+    for one in found:
+        _check_file(one)
+    return found
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _check_file(path: Path) -> None:
+    """Raises EngineError for what is no file to read, without waiting for it to become one."""
+    try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            kinds = {stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
+            raise EngineError("DATA-FILE", f"{path}: is {kinds.get(stat.S_IFMT(mode), 'no file')}, expected a regular file")
+        if path.suffix.lower() in COMPRESSED:
+            raise EngineError("DATA-FILE", f"{path}: is compressed ({path.suffix}), which is not read; unpack it")
+        path.open("rb").close()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except ValueError as error:  # a name with a zero byte
+        raise EngineError("DATA-FILE", f"{str(path)!r}: cannot be read: {error}") from error
+
+
+def _unreadable(path: Path, error: OSError) -> EngineError:
+    return EngineError("DATA-FILE", f"{path}: cannot be read: {error.strerror or error}")
+
+
+# ---- Once over the bytes -------------------------------------------------------------------------------------------------
+
+
+def survey(path: Path, size: int = SPAN) -> FileSurvey:
+    """What a file holds and where it can be cut, from one pass over its bytes.
+
+    Args:
+        size: bytes of a span; the last may have less, others as much more as their last record takes.
+
+    Raises:
+        EngineError: it cannot be read, is no text, or an array without an end.
+    """
+    _check_file(path)
+    try:
+        with path.open("rb") as file:
+            head = file.read(BLOCK)
+            for magic, what in STRANGERS.items():
+                if head.startswith(magic):
+                    raise EngineError("DATA-FILE", f"{path}: is compressed (it begins as {what} does), which is not read; unpack it")
+            for magic, why in UTF16.items():
+                if head.startswith(magic):
+                    raise EngineError("DATA-FILE", f"{path}: looks like UTF-16 ({why}); save it as UTF-8")
+            data = _Pass(file, head)
+            if head.startswith(b"PAR1"):
+                kind, (rows, spans) = "parquet", _parquet_spans(path, size)
+                for _ in data:
+                    pass
+            elif head.removeprefix(BOM).lstrip(BLANK)[:1] == b"[":
+                kind, rows, spans = "array", None, _array_spans(path, data, size)
+            else:
+                kind, rows, spans = "lines", None, _line_spans(path, data, size)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return FileSurvey(path, data.digest.hexdigest(), data.bytes, data.lines if rows is None else rows, kind, tuple(spans))
+
+
+class _Pass:
+    """A file's blocks, once; what they are in all is counted on the way."""
+
+    def __init__(self, file: BinaryIO, head: bytes) -> None:
+        self.file, self.head = file, head
+        self.digest, self.bytes, self.lines = hashlib.sha256(), 0, 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        block, last = self.head, b"\n"
+        while block:
+            self.digest.update(block)
+            self.bytes, self.lines, last = self.bytes + len(block), self.lines + block.count(b"\n"), block[-1:]
+            yield block
+            block = self.file.read(BLOCK)
+        self.lines += last != b"\n"
+
+
+def _line_spans(path: Path, blocks: Iterable[bytes], size: int) -> list[Span]:
+    spans, start, first, line, at = [], 0, 1, 1, 0  # `first`: the line at byte `start`; `line`: at what comes next; `at`: the block's first byte
+    for block in blocks:
+        done = 0
+        while end := block.find(b"\n", max(done, start + size - 1 - at)) + 1:
+            line += block.count(b"\n", done, end)
+            spans.append(Span(path, "lines", start, at + end, first))
+            start, first, done = at + end, line, end
+        line += block.count(b"\n", done)
+        at += len(block)
+    return spans if at == start else [*spans, Span(path, "lines", start, at, first)]
+
+
+def _array_spans(path: Path, blocks: Iterable[bytes], size: int) -> list[Span]:
+    """An array's spans begin behind its bracket or a comma and end before one."""
+    marks, spans, empty, at, line, column = _Marks(), [], True, 0, 1, 1
+    start, first = -1, (1, 1)
+    for block in blocks:
+        if start < 0:
+            start = at = block.index(b"[") + 1
+            line, column = first = _after(block[:at].removeprefix(BOM), 1, 1)
+            block = block[at:]
+        done = 0
+        for end in [] if marks.closed else marks.find(block):
+            closing = marks.closed and block[end] != ord(",")
+            empty = empty and closing and not block[done:end].strip(BLANK)
+            if at + end - start >= size or closing:
+                if not empty:
+                    spans.append(Span(path, "array", start, at + end, *first))
+                line, column = first = _after(block[done : end + 1], line, column)
+                start, done = at + end + 1, end + 1
+        if marks.closed and (rest := block[done:].lstrip(BLANK)):
+            line, column = _after(block[done : len(block) - len(rest)], line, column)
+            raise EngineError("DATA-FILE", f"{path}:{line}:{column}: the array ends before this; expected one array of objects{_first_fault(spans)}")
+        empty = empty and not block[done:].strip(BLANK)
+        line, column = _after(block[done:], line, column)
+        at += len(block)
+    if not marks.closed:
+        cut = _first_fault([*spans, Span(path, "array", start, at, *first)])
+        raise EngineError("DATA-FILE", f"{path}: the array has no end; expected ] after its last object{cut}")
+    return spans
+
+
+def _first_fault(spans: Iterable[Span]) -> str:
+    """What is wrong with an array as a whole may begin with a quote or a bracket in one of its elements."""
+    for span in spans:
+        for line, found in records(span):
+            if isinstance(found, BadRow):
+                return f". The first fault: {row_error(span.path, line, found).text}"
+    return ""
+
+
+def _after(part: bytes, line: int, column: int) -> tuple[int, int]:
+    """Line and column of what comes after `part`, which begins at these."""
+    at = part.rfind(b"\n") + 1
+    return line + part.count(b"\n"), (1 if at else column) + len(part[at:].translate(None, CONTINUATION))
+
+
+class _Marks:
+    """Finds the commas between an array's elements and the bracket that closes it, block after block."""
+
+    DEEPER = np.zeros(256, np.int8)
+    DEEPER[list(b"[{")], DEEPER[list(b"]}")] = 1, -1
+
+    def __init__(self) -> None:
+        self.inside, self.escaped, self.depth, self.closed = False, False, 0, False  # inside a string; after a backslash
+
+    def find(self, block: bytes) -> list[int]:
+        """Where in `block` the marks are; `closed` says that the last is the closing bracket."""
+        if self.escaped:
+            block = b" " + block[1:]
+        if b"\\" in block:  # pairs first, so that what is left escapes what it stands before
+            block = block.replace(b"\\\\", b"  ")
+            self.escaped = block.endswith(b"\\")
+            block = block.replace(b'\\"', b"  ")
+        else:
+            self.escaped = False
+        letters = np.frombuffer(block, np.uint8)
+        inside = (np.cumsum(letters == ord('"'), dtype=np.uint8) & 1).astype(bool) ^ self.inside
+        depth = np.cumsum(self.DEEPER[letters] * ~inside, dtype=np.int32) + self.depth
+        found = np.flatnonzero((depth <= 0) & ~inside & ((letters == ord(",")) | (depth < 0)))
+        closings = np.flatnonzero(depth[found] < 0)
+        if len(closings):
+            self.closed, found = True, found[: closings[0] + 1]
+        if len(block):
+            self.inside, self.depth = bool(inside[-1]), int(depth[-1])
+        return found.tolist()
+
+
+# ---- Records -------------------------------------------------------------------------------------------------------------
+
+
+def records(span: Span) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+    """The line and the content of each record of a span, or what is wrong with it. Blank lines are none.
+
+    Raises:
+        EngineError: the file cannot be read, or is not what it was when it was surveyed.
+    """
+    try:
+        if span.kind == "parquet":
+            yield from _parquet_records(span)
+            return
+        with span.path.open("rb") as file:
+            yield from (_array_records if span.kind == "array" else _line_records)(span, _span_blocks(file, span))
+    except OSError as error:
+        raise _unreadable(span.path, error) from error
+
+
+def _span_blocks(file: BinaryIO, span: Span) -> Iterator[bytes]:
+    file.seek(span.start)
+    left = span.end - span.start
+    while left:
+        if not (block := file.read(min(BLOCK, left))):
+            raise EngineError("DATA-CHANGED", f"{span.path}: has become shorter while it was read; start again")
+        left -= len(block)
+        yield block.removeprefix(BOM) if file.tell() == len(block) else block
+
+
+def _line_records(span: Span, blocks: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+    line, begun = span.first_line, _Record()
+    for block in blocks:
+        first, *pieces = block.split(b"\n")
+        begun.add(first)
+        if pieces:
+            last = pieces.pop()
+            for piece in (begun.whole(), *pieces):
+                if piece is None:
+                    yield line, _too_long()
+                elif piece.strip(BLANK):
+                    yield line, _parsed(piece)
+                line += 1
+            begun = _Record()
+            begun.add(last)
+    if (piece := begun.whole()) is None:
+        yield line, _too_long()
+    elif piece.strip(BLANK):
+        yield line, _parsed(piece)
+
+
+def _array_records(span: Span, blocks: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+    line, column, begun, marks = span.first_line, span.first_column, _Record(), _Marks()
+    for block in blocks:
+        done = 0
+        for end in marks.find(block):
+            begun.add(block[done:end])
+            yield _element(begun.whole(), line, column)
+            line, column = _after(b",", *begun.after(line, column))
+            begun, done = _Record(), end + 1
+        begun.add(block[done:])
+    yield _element(begun.whole(), line, column)
+
+
+def _element(piece: bytes | None, line: int, column: int) -> tuple[int, dict[str, Any] | BadRow]:
+    """Line and content of what begins at `line` and `column`. A fault's line is its own, which may not be the element's first."""
+    if piece is None:
+        return line, _too_long()
+    body = piece.lstrip(BLANK)
+    line, column = _after(piece[: len(piece) - len(body)], line, column)
+    found = _parsed(body, "an object")
+    if isinstance(found, BadRow):
+        before = body.decode(errors="replace")[: found.column - 1]
+        found.column += column - 1 if "\n" not in before else -before.rindex("\n") - 1
+        line += before.count("\n")
+    return line, found
+
+
+class _Record:
+    """A record as it comes, block by block. Of one over MAX_RECORD only its extent is kept."""
+
+    def __init__(self) -> None:
+        self.parts: list[bytes] = []
+        self.size, self.extent = 0, (0, 1)  # `extent`: lines and columns of parts that were let go
+
+    def add(self, part: bytes) -> None:
+        self.size += len(part)
+        self.parts.append(part)
+        if self.size > MAX_RECORD:
+            for one in self.parts:
+                self.extent = _after(one, *self.extent)
+            self.parts = []
+
+    def whole(self) -> bytes | None:
+        return b"".join(self.parts) if self.size <= MAX_RECORD else None
+
+    def after(self, line: int, column: int) -> tuple[int, int]:
+        """Line and column of what comes after a record that begins at these."""
+        lines, columns = self.extent
+        line, column = line + lines, columns if lines else column + columns - 1
+        return _after(b"".join(self.parts), line, column)
+
+
+def _too_long() -> BadRow:
+    return BadRow(f"the record is over {MAX_RECORD >> 20} MiB; shorten or split it", 1)
+
+
+def _parsed(piece: bytes, what: str = "one object a line") -> dict[str, Any] | BadRow:
+    try:
+        value = parse(piece.decode(), what)
+    except UnicodeDecodeError as error:
+        column = len(piece[: error.start].decode()) + 1
+        return BadRow(f"byte 0x{piece[error.start]:02x} is not UTF-8; save the file as UTF-8", column)
+    except BadRow as error:
+        return error.with_traceback(None)  # it would hold on to the text
+    if isinstance(value, dict):
+        return value
+    kind = {list: "a list", str: "text", bool: "true or false", type(None): "null"}.get(type(value), "a number")
+    return BadRow(f"got {kind}, expected an object", len(piece) - len(piece.lstrip(BLANK)) + 1)
+
+
+def row_error(path: Path, line: int, found: BadRow) -> EngineError:
+    """A bad row as an error of the run."""
+    return EngineError("DATA-ROW", f"{path}:{line}{f':{found.column}' if found.column else ''}: {found.reason}")
+
+
+def read_rows(path: Path, format: str = "alpaca", answered: bool = True) -> Iterator[Row]:
+    """The rows of a file, for those who want them all and right.
+
+    Args:
+        format: one of FORMATS.
+        answered: every row must end with an answer, as in training.
+
+    Raises:
+        EngineError: `path:line` of the first that is no row, or a file that holds none.
+    """
+    empty = True
+    for span in survey(path).spans:
+        for line, found in records(span):
+            empty = False
+            try:
+                if isinstance(found, BadRow):
+                    raise found
+                row = FORMATS[format](found, line, answered)
+            except BadRow as error:
+                raise row_error(path, line, error) from None
+            yield row
+    if empty:
+        raise EngineError("DATA-EMPTY", f"{path}: holds no row; expected JSON objects, one a line")
+
+
+# ---- Parquet -------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _parquet(path: Path) -> Iterator[Any]:
+    """The file, as pyarrow reads it: in this thread, without mapping it into memory."""
+    parquet = extra("pyarrow.parquet", path, "parquet")
+    try:
+        with parquet.ParquetFile(path, memory_map=False, pre_buffer=False) as file:
+            yield file
+    except (OSError, ValueError, KeyError, NotImplementedError) as error:  # pyarrow's own are these
+        raise EngineError("DATA-FILE", f"{path}: cannot be read as parquet: {' '.join(str(error).split())[:200]}") from error
+
+
+def _groups(file: Any) -> Iterator[tuple[int, int, int]]:
+    """First row, row after the last, and bytes of each row group."""
+    start = 0
+    for number in range(file.metadata.num_row_groups):
+        group = file.metadata.row_group(number)
+        yield start, start + group.num_rows, group.total_byte_size
+        start += group.num_rows
+
+
+def _parquet_spans(path: Path, size: int) -> tuple[int, list[Span]]:
+    spans, start, end, held = [], 0, 0, 0
+    with _parquet(path) as file:
+        for _, end, weight in _groups(file):
+            held += weight
+            if held >= size:
+                spans.append(Span(path, "parquet", start, end, start + 1))
+                start, held = end, 0
+    return end, spans if start == end else [*spans, Span(path, "parquet", start, end, start + 1)]
+
+
+def _parquet_records(span: Span) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+    with _parquet(span.path) as file:
+        for number, (first, end, _) in enumerate(_groups(file)):
+            if end <= span.start or first >= span.end:
+                continue
+            row = first
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS, row_groups=[number], use_threads=False):
+                start, stop = max(0, span.start - row), max(0, min(len(batch), span.end - row))
+                yield from enumerate(_parquet_rows(batch.slice(start, max(0, stop - start))), row + start + 1)
+                row += len(batch)
+
+
+def _parquet_rows(batch: Any) -> list[dict[str, Any] | BadRow]:
+    try:
+        return [_present(row) for row in batch.to_pylist()]
+    except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date that Python has not
+        if len(batch) == 1:
+            return [BadRow(f"a value cannot be read: {error}")]
+        return [found for place in range(len(batch)) for found in _parquet_rows(batch.slice(place, 1))]
+
+
+def _present(value: Any) -> Any:
+    """Without the fields that are null: a table has all fields in all rows."""
+    if isinstance(value, dict):
+        return {key: _present(one) for key, one in value.items() if one is not None}
+    return [_present(one) for one in value] if isinstance(value, list) else value
