@@ -9,6 +9,7 @@ import hashlib
 import json
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,19 @@ class Dataset:
     @property
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
+
+    @cached_property
+    def source(self) -> np.ndarray:
+        return np.zeros(len(self), dtype=np.int16)
+
+    def read(self, document: int) -> tuple[np.ndarray, np.ndarray]:
+        """Its ids, and which of them are supervised."""
+        where = slice(self.offsets[document], self.offsets[document + 1])
+        return self.tokens[where], self.supervised[where]
+
+    @cached_property
+    def targets(self) -> np.ndarray:
+        return self.targets_per_row()
 
     def targets_per_row(self) -> np.ndarray:
         """Supervised tokens of each row. A row's first token is never predicted, and templates never supervise it."""
