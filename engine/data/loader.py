@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import islice
 from threading import Thread
 
 import numpy as np
@@ -67,10 +68,10 @@ class Loader:
 
     def __iter__(self) -> Iterator[tuple[Step, list[MicroBatch]]]:
         steps = iter(range(self.first_step, self.last_step))
-        ahead = deque(_started(self._prepare, number) for number, _ in zip(steps, range(AHEAD), strict=False))
+        ahead = deque(_started(self._prepare, number) for number in islice(steps, AHEAD))
         while ahead:
             step, batches = ahead.popleft().result()
-            ahead.extend(_started(self._prepare, number) for number, _ in zip(steps, range(1), strict=False))
+            ahead.extend(_started(self._prepare, number) for number in islice(steps, 1))
             # pinned memory is copied while the GPU computes; the stream keeps copies before what uses them
             yield step, [batch.each(lambda tensor: tensor.to(self.device, non_blocking=True)) for batch in batches]
 
