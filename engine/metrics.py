@@ -107,7 +107,7 @@ def peak_flops(device: torch.device) -> tuple[float, str]:
 
 
 def speed(step: Any, seconds: float, flops: Flops, peak: float) -> dict[str, float]:
-    """Real tokens a second, padding there is none; supervised tokens a second; the share of `peak` FLOP/s put to use."""
+    """Real tokens a second, never padding; supervised tokens a second; the share of `peak` FLOP/s put to use."""
     return {"train/tokens_per_s": step.num_tokens / seconds, "train/target_tokens_per_s": step.num_targets / seconds,
             "train/mfu": flops.of(step.num_tokens, step.num_targets, step.lengths) / seconds / peak}
 

@@ -111,12 +111,12 @@ def main(argv: list[str]) -> int:
         distributed.settle(ddp_model, lambda: forward(loader.empty(device), 0))
 
         # ---- Loop ---------------------------------------------------------------------------------------------------
+        steps = iter(loader.Loader(rows, plan, world.rank, world.size, cfg.train.micro_batch, flops.of, device, start, num_steps))
         watch, judged = metrics.Stopwatch(device), None
         for number in range(start, num_steps):
             watch.start()
-            step, lr = plan.step(number), optim.learning_rate(number, num_steps, cfg.optim)
+            (step, batches), lr = next(steps), optim.learning_rate(number, num_steps, cfg.optim)
             optim.set_learning_rate(optimizer, lr)
-            batches = loader.micro_batches(step, rows, world.rank, world.size, cfg.train.micro_batch, device)
             watch.lap("data")
 
             # The mean over all targets of the global batch: each micro-batch contributes its sum over their number. DDP

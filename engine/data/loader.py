@@ -1,63 +1,140 @@
-"""A rank's share of a step, as micro-batches of tensors laid end to end. Nothing is padded."""
+"""A rank's share of each step, as micro-batches of tensors laid end to end, prepared while the steps before are computed.
 
-from collections.abc import Sequence
+With packing every sequence is filled up to the plan's length by one more document, of padding: shapes repeat from step to
+step, so memory does not fragment and kernels chosen for a shape are chosen once. Padding carries no target, attention
+never crosses into it, and nothing counts it as tokens. A micro-batch with fewer sequences than others stays smaller: a
+sequence of mere padding would cost as much time as a real one, and sizes below `micro_batch` are few.
+"""
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import islice
+from threading import Thread
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from engine.data.dataset import Dataset
-from engine.data.plan import Step
+from engine.data.plan import Plan, Step, share
+
+CPU = torch.device("cpu")
+AHEAD = 2  # steps that are prepared before they are asked for
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """T tokens of several sequences; each sequence holds one or more documents (rows).
+    """T tokens of several sequences; each sequence holds one or more documents, of which padding may be the last.
 
     ids, positions  (T,)  positions start at 0 in every document
     at, targets     (n,)  where a supervised token comes next, and which
+    sources         (n,)  which source each target's document is from
     documents             tokens of each document, in order
-    places, lengths       each sequence's place in the global batch and its tokens
+    places, lengths       each sequence's place in the global batch and its tokens, padding included
     """
 
     ids: Tensor
     positions: Tensor
     at: Tensor
     targets: Tensor
+    sources: Tensor
     documents: list[int]
     places: list[int]
     lengths: list[int]
 
+    def each(self, function: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        """The same with `function` of every tensor."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return dataclasses.replace(self, **{name: function(value) for name, value in fields.items() if isinstance(value, Tensor)})
 
-def micro_batches(step: Step, dataset: Dataset, rank: int, size: int, micro_batch: int, device: torch.device) -> list[MicroBatch]:
-    """What `rank` of `size` computes in this step: every size-th sequence, `micro_batch` of them at a time.
+
+class Loader:
+    """Iterates over (step, this rank's micro-batches of it) for the steps from `first_step` to before `last_step`.
+
+    Threads of their own prepare the next steps in NumPy alone, which wants no share of torch's threads. Each prepares one
+    step and is gone, so a loop that is left early leaves nothing behind; an error in one is raised where its step is due.
+
+    Args:
+        cost: as in `plan.share`.
+    """
+
+    def __init__(self, dataset: Dataset, plan: Plan, rank: int, size: int, micro_batch: int, cost: Callable[[int, int, np.ndarray], float],
+                 device: torch.device, first_step: int, last_step: int) -> None:
+        self.dataset, self.plan, self.rank, self.size, self.micro_batch, self.cost = dataset, plan, rank, size, micro_batch, cost
+        self.device, self.first_step, self.last_step = device, first_step, last_step
+
+    def __iter__(self) -> Iterator[tuple[Step, list[MicroBatch]]]:
+        steps = iter(range(self.first_step, self.last_step))
+        ahead = deque(_started(self._prepare, number) for number in islice(steps, AHEAD))
+        while ahead:
+            step, batches = ahead.popleft().result()
+            ahead.extend(_started(self._prepare, number) for number in islice(steps, 1))
+            # pinned memory is copied while the GPU computes; the stream keeps copies before what uses them
+            yield step, [batch.each(lambda tensor: tensor.to(self.device, non_blocking=True)) for batch in batches]
+
+    def _prepare(self, number: int) -> tuple[Step, list[MicroBatch]]:
+        step = self.plan.step(number)
+        batches = micro_batches(step, self.dataset, share(step, self.size, self.cost, self.micro_batch)[self.rank], self.micro_batch)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # a thread begins on device 0, and pinning would take memory there
+            batches = [batch.each(Tensor.pin_memory) for batch in batches]
+        return step, batches
+
+
+def _started(function: Callable, argument: int) -> Future:
+    """The result of `function(argument)`, or what it raised, once a thread of its own is done."""
+    future: Future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function(argument))
+        except BaseException as error:  # raised again where the result is asked for
+            future.set_exception(error)
+
+    Thread(target=run, name=f"loader: step {argument}").start()
+    return future
+
+
+def micro_batches(step: Step, dataset: Dataset, places: Sequence[int], micro_batch: int) -> list[MicroBatch]:
+    """The sequences at `places` of a step, `micro_batch` at a time, on the CPU.
 
     A rank that has none (the last step of an epoch can be short) still gets a micro-batch of one token without a
     target, so that it takes part in the exchange of gradients and adds zero.
     """
-    mine = list(range(rank, len(step.sequences), size))
-    groups = [mine[start : start + micro_batch] for start in range(0, len(mine), micro_batch)]
-    return [collate(dataset, [step.sequences[place] for place in group], group, device) for group in groups] or [empty(device)]
+    groups = [places[start : start + micro_batch] for start in range(0, len(places), micro_batch)]
+    return [collate(dataset, [step.sequences[place] for place in group], group, CPU, step.fill_to) for group in groups] or [empty(CPU)]
 
 
-def collate(dataset: Dataset, sequences: Sequence[np.ndarray], places: Sequence[int], device: torch.device) -> MicroBatch:
-    rows = np.concatenate(sequences)
-    starts, ends = dataset.offsets[rows], dataset.offsets[rows + 1]
-    documents = ends - starts
-    # index of every token in the dataset: each row's start plus 0, 1, 2 …
-    positions = np.arange(documents.sum()) - np.repeat(np.cumsum(documents) - documents, documents)
-    index = np.repeat(starts, documents) + positions
-    ids, supervised = dataset.tokens[index], dataset.supervised[index]
-    at = np.flatnonzero(supervised[1:] & (positions[1:] > 0))  # token i + 1 is predicted at i, never across documents
+def collate(dataset: Dataset, sequences: Sequence[np.ndarray], places: Sequence[int], device: torch.device, fill_to: int = 0) -> MicroBatch:
+    """`sequences` of documents as one micro-batch, each filled up to `fill_to` tokens with padding where it is shorter."""
+    ids, supervised, sources, lengths = [], [], [], []
+    for sequence in sequences:
+        first = len(ids)
+        for document in sequence:
+            row, mask = dataset.read(document)
+            ids.append(row)
+            supervised.append(mask)
+            sources.append(dataset.source[document])
+        lengths.append(sum(map(len, ids[first:])))
+        if padding := max(fill_to - lengths[-1], 0):
+            ids.append(np.zeros(padding, dtype=np.int64))
+            supervised.append(np.zeros(padding, dtype=bool))
+            sources.append(0)
+            lengths[-1] = fill_to
+    documents, tokens = np.asarray([len(document) for document in ids]), np.concatenate(ids)
+    positions = np.arange(len(tokens)) - np.repeat(np.cumsum(documents) - documents, documents)
+    at = np.flatnonzero(np.concatenate(supervised)[1:] & (positions[1:] > 0))  # token i + 1 is predicted at i, never across documents
 
     def tensor(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array.astype(np.int64)).to(device)
 
-    return MicroBatch(tensor(ids), tensor(positions), tensor(at), tensor(ids[1:][at]), documents.tolist(), list(places),
-                      [int((dataset.offsets[sequence + 1] - dataset.offsets[sequence]).sum()) for sequence in sequences])
+    return MicroBatch(tensor(tokens), tensor(positions), tensor(at), tensor(tokens[at + 1]), tensor(np.repeat(sources, documents)[at + 1]),
+                      documents.tolist(), list(places), lengths)
 
 
 def empty(device: torch.device) -> MicroBatch:
     zero, none = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(0, dtype=torch.int64, device=device)
-    return MicroBatch(zero, zero, none, none, [1], [0], [1])
+    return MicroBatch(zero, zero, none, none, none, [1], [0], [1])
