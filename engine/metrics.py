@@ -10,6 +10,7 @@ import resource
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from torch import nn
 from tqdm import tqdm
 
 from engine.config import Recipe, flat
+from engine.data.dataset import Dataset
+from engine.data.plan import Step
 
 MEASURED = ("time/", "memory/", "train/tokens_per_s", "train/target_tokens_per_s", "train/mfu")
 
@@ -37,6 +40,18 @@ class Stopwatch:
 
     def start(self) -> None:
         self.marks: list[tuple[str, Any]] = [("", self._now())]
+
+    def waiting(self, part: str, items: Iterable[Any]) -> Iterator[Any]:
+        """Goes over `items`. Waiting for one begins a step, and is spent in `part`."""
+        iterator = iter(items)
+        while True:
+            self.start()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            self.lap(part)
+            yield item
 
     def lap(self, part: str) -> None:
         """All since the last mark was spent in `part`."""
@@ -104,6 +119,26 @@ def peak_flops(device: torch.device) -> tuple[float, str]:
         (a @ a).sum().item()
         best = min(best, time.perf_counter() - began)
     return 2 * 512**3 / best, f"{name}, measured on an fp32 product of 512 × 512"
+
+
+def zeros(count: int, device: torch.device) -> torch.Tensor:
+    """Sums that begin, in float64."""
+    return torch.zeros(count, dtype=torch.float64, device=device)
+
+
+def losses(rows: Dataset, step: Step, summed: list[float]) -> dict[str, float]:
+    """The step's loss, the mean over its targets. Of several sources also each one's, and its share of the targets: the mean of
+    their losses weighed by these shares is the loss.
+
+    Args:
+        summed: negative log-likelihoods by source.
+    """
+    found = {"train/loss": sum(summed) / step.num_targets}
+    if len(summed) > 1:
+        targets = np.bincount(rows.source[step.documents], weights=step.targets, minlength=len(summed))
+        for source, loss, count in zip(rows.sources, summed, targets.tolist(), strict=True):
+            found |= {f"train/share/{source.name}": count / step.num_targets} | ({f"train/loss/{source.name}": loss / count} if count else {})
+    return found
 
 
 def speed(step: Any, seconds: float, flops: Flops, peak: float) -> dict[str, float]:

@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     from engine import adapter, checkpoint, distributed, export, hub, lora, metrics, optim, precision, report, rundir
     from engine.attention import PackedAttention
     from engine.attention import choose as choose_attention
-    from engine.data import added_tokens, chat_template, dataset, loader
+    from engine.data import added_tokens, chat_template, dataset, ledger, loader
     from engine.data.plan import Plan
     from engine.data.tokenizer import load_tokenizer
     from engine.dropout import DropoutKeys
@@ -39,11 +39,11 @@ def main(argv: list[str]) -> int:
         base = hub.resolve(cfg.model.path, cfg.model.init == "pretrained", rundir.commit_of_base(run, cfg.model.path))
         source, words = base.folder, added_tokens.extend(base.folder, cfg.model.add_tokens, Path(cfg.data.cache))
         tokenizer, family = load_tokenizer(words), weights.read_config(source)
-        rows, held_out = dataset.load_both(cfg.data, tokenizer)
-        dataset.check_fit(rows, tokenizer, family, cfg.data.max_length, len(cfg.model.add_tokens))
+        rows, held_out = (dataset.load(cfg.data, of, tokenizer, cfg.train.seed) for of in ("train", "validation"))
+        dataset.check_fit(rows, tokenizer, family, len(cfg.model.add_tokens))
         if rank == 0:
             chat_template.check(source, cfg.data, tokenizer)
-        plan = Plan(rows.lengths, rows.targets_per_row(), cfg.data.max_length, cfg.train.global_batch, cfg.data.packing,
+        plan = Plan(rows.lengths, rows.targets, cfg.data.max_length, cfg.train.global_batch, cfg.data.packing,
                     cfg.data.shuffle, cfg.train.seed, cfg.train.epochs)
         num_steps = min(plan.num_steps, cfg.train.max_steps or plan.num_steps)
 
@@ -75,14 +75,14 @@ def main(argv: list[str]) -> int:
         identity = {**config.semantic(cfg), "data": rows.digest, "tokenizer": tokenizer.digest,
                     "weights": weights.identity(model, source, cfg.model.init),
                     "adapter": adapter.digest(Path(cfg.lora.start)) if cfg.lora.start else None}
-        start, best = distributed.from_first(newest or 0, world), {"step": None, "loss": math.inf}
+        start, best, counted = distributed.from_first(newest or 0, world), {"step": None, "loss": math.inf}, ledger.Counts()
         if start:
             saved = checkpoint.load(run / "checkpoints", start)
             checkpoint.compare_identity(run / "checkpoints", saved.state["identity"], identity)
             weights.load_trained(trained, saved.model)
             optim.load_state(optimizer, trained, saved.optimizer)
             scale.load(saved.state["scale"])
-            best = saved.state["best"]
+            best, counted = saved.state["best"], ledger.Counts(*saved.state["trained"])
 
         # ---- What will happen, in words and as an equation ----------------------------------------------------------
         flops, (peak, peak_source) = metrics.Flops(model), metrics.peak_flops(device)
@@ -91,7 +91,7 @@ def main(argv: list[str]) -> int:
         log = metrics.Log(run, start, num_steps, cfg.log.every_steps, cfg.log.tensorboard, speaks=world.is_first)
         if world.is_first:
             rundir.describe(run, cfg, {"base": {"name": cfg.model.path, "commit": base.commit}, **facts, **identity})
-            rundir.write_ledger(run, [part for part in (rows, held_out) if part])
+            rundir.write_ledger(run, ledger.accounts(rows, held_out, plan.times_trained(start), counted), ledger.left_out(rows, held_out))
         log.say(report.equation(run, cfg, base, plan, rows, num_steps, start, world.size, facts))
         log.text("recipe", f"```\n{config.dump(cfg)}```", 0)
         evaluation = Evaluation(held_out, tokenizer, cfg.data, cfg.evaluate, attention, types, world) if held_out else None
@@ -101,41 +101,38 @@ def main(argv: list[str]) -> int:
         # ---- Wrap: ddp_model runs forward in training, model is for all else ----------------------------------------
         ddp_model = distributed.wrap(model.train(), world)
 
-        def forward(batch, step: int):
-            """Sum of the negative log-likelihoods of a micro-batch's targets, fp32."""
+        def forward(batch, step: int, by_source=None):
+            """Sum of the negative log-likelihoods of a micro-batch's targets, fp32; adds each source's part to `by_source`."""
             keys.set(step, batch.places, batch.lengths)
             with types.context():
                 hidden = ddp_model(batch.ids, batch.positions, PackedAttention(batch.documents, device, attention))
-                return summed_cross_entropy(hidden[batch.at], model.lm_head.weight, batch.targets)
+                return summed_cross_entropy(hidden[batch.at], model.lm_head.weight, batch.targets, batch.sources, by_source)
 
         distributed.settle(ddp_model, lambda: forward(loader.empty(device), 0))
 
         # ---- Loop ---------------------------------------------------------------------------------------------------
-        steps = iter(loader.Loader(rows, plan, world.rank, world.size, cfg.train.micro_batch, flops.of, device, start, num_steps))
         watch, judged = metrics.Stopwatch(device), None
-        for number in range(start, num_steps):
-            watch.start()
-            (step, batches), lr = next(steps), optim.learning_rate(number, num_steps, cfg.optim)
+        steps = loader.Loader(rows, plan, world.rank, world.size, cfg.train.micro_batch, flops.of, device, start, num_steps)
+        for step, batches in watch.waiting("data", steps):
+            number, lr = step.number, optim.learning_rate(step.number, num_steps, cfg.optim)
             optim.set_learning_rate(optimizer, lr)
-            watch.lap("data")
 
             # The mean over all targets of the global batch: each micro-batch contributes its sum over their number. DDP
             # averages gradients over ranks where we want their sum, hence the world's size.
-            local = 0.0
+            losses = metrics.zeros(len(rows.sources), device)
             for batch in batches:
                 with distributed.sync_if(ddp_model, batch is batches[-1]):
-                    loss = forward(batch, number)
+                    loss = forward(batch, number, losses)
                     watch.lap("forward")
                     (loss * (scale.value * world.size / step.num_targets)).backward()
                     watch.lap("backward")
-                local += loss.detach()
 
-            # Ranks agree on the loss, on having trained every target of the step, and on whether to stop.
-            counted = sum(len(batch.targets) for batch in batches)
-            total, counted, asked = distributed.sum_over_ranks([float(local), counted, stop.asked], world)
-            assert counted == step.num_targets, f"step {number} trained {counted} targets, planned {step.num_targets}"
+            # Ranks agree on the losses, on having trained every document of the step once, and on whether to stop.
+            *losses, asked, documents, numbers, tokens, targets = distributed.sum_over_ranks(
+                [*losses.tolist(), stop.asked, *ledger.Counts.of(batches)], world)
+            counted += ledger.as_planned(step, (documents, numbers, tokens, targets))
             norm = optim.unscale_and_clip(trained.values(), scale.value, cfg.optim.clip_norm)
-            finite = math.isfinite(total) and math.isfinite(norm)
+            finite = math.isfinite(sum(losses)) and math.isfinite(norm)
             used_scale = scale.value
             scale.update(finite, number + 1)  # raises unless a skipped step can help
             if finite:
@@ -144,7 +141,7 @@ def main(argv: list[str]) -> int:
             watch.lap("optimizer")
 
             done, times = number + 1, watch.read()
-            scalars = {"train/loss": total / step.num_targets, "train/lr": lr, "train/grad_norm": norm, "train/loss_scale": used_scale,
+            scalars = {**metrics.losses(rows, step, losses), "train/lr": lr, "train/grad_norm": norm, "train/loss_scale": used_scale,
                        "train/skipped": int(not finite), "train/epoch": done / plan.steps_per_epoch, "train/tokens": step.num_tokens,
                        "train/targets": step.num_targets, **metrics.speed(step, times["time/step"], flops, peak * world.size),
                        **times, **metrics.memory(device)}
@@ -161,7 +158,7 @@ def main(argv: list[str]) -> int:
                     best = {"step": done, "loss": judged.loss}
                 moments = optim.state(optimizer, trained, world)  # sharded ones cross to rank 0, so every rank takes part
                 if world.is_first:
-                    state = {"identity": identity, "scale": scale.state(), "best": best}
+                    state = {"identity": identity, "scale": scale.state(), "best": best, "trained": counted}
                     checkpoint.save(run / "checkpoints", done, checkpoint.Snapshot(trained, moments, state), cfg.checkpoint.keep, best["step"])
                 del moments
             if asked and done < num_steps:
@@ -175,6 +172,7 @@ def main(argv: list[str]) -> int:
             judged = evaluation.run(model, whole=True)
         exported, frozen_digest = {}, None
         if world.is_first:
+            rundir.write_ledger(run, ledger.accounts(rows, held_out, plan.times_trained(num_steps), counted), ledger.left_out(rows, held_out))
             exported = export.Exporter(model, cfg, held_out or rows, types, base, words).run(run / "export")
             frozen_digest = weights.identity(model, source, cfg.model.init) if cfg.lora.used else None
             assert frozen_digest in (None, identity["weights"]), "frozen weights have changed"

@@ -12,17 +12,21 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import numpy as np
 import pytest
 import torch
 
 torch.set_num_threads(1)  # no pool of threads, so forking is safe
 
 from engine import train
+from engine.config import Data
+from engine.data import dataset
 from engine.data.formats import Message, Row
 from engine.errors import EngineError
 
@@ -52,6 +56,32 @@ def a_row(instruction: str, input: str = "", output: str = "", line: int = 1) ->
 def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+class Rows(dataset.Dataset):
+    """A dataset with the ids of all documents end to end beside it, as tests like to look at them."""
+
+    @cached_property
+    def flat(self) -> tuple[np.ndarray, np.ndarray]:
+        read = [self.read(document) for document in range(len(self))]
+        return np.concatenate([ids for ids, _ in read]), np.concatenate([mask for _, mask in read])
+
+    @property
+    def tokens(self) -> np.ndarray:
+        return self.flat[0]
+
+    @property
+    def supervised(self) -> np.ndarray:
+        return self.flat[1]
+
+    @property
+    def offsets(self) -> np.ndarray:
+        return np.concatenate([[0], np.cumsum(self.lengths)])
+
+
+def load_dataset(path: Path, tokenizer, template: str, max_length: int, too_long: str, cache: Path, system: str | None = None, **options) -> Rows:
+    cfg = Data(train=str(path), template=template, max_length=max_length, too_long=too_long, cache=str(cache), system=system, **options)
+    return Rows(**vars(dataset.load(cfg, "train", tokenizer)))
 
 
 @pytest.fixture(scope="session")

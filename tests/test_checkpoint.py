@@ -98,7 +98,7 @@ def test_older_checkpoints_stay_until_the_new_one_was_read_again(tmp_path, monke
 def test_files_are_synced_before_the_rename_and_the_parent_after(tmp_path, monkeypatch):
     events = []
     real_rename = checkpoint.os.rename
-    monkeypatch.setattr(checkpoint, "_fsync", lambda path: events.append(f"sync {path.name}"))
+    monkeypatch.setattr(checkpoint, "fsync", lambda path: events.append(f"sync {path.name}"))
     monkeypatch.setattr(checkpoint.os, "rename", lambda a, b: (events.append("rename"), real_rename(a, b)))
     checkpoint.save(tmp_path, 1, snapshot(1.0), keep=1, best=None)
     at = events.index("rename")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, ragged_rows, write_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -25,7 +26,7 @@ from engine.errors import BUG, EngineError
 @pytest.fixture
 def load(tiny, tmp_path):
     def made(train, **options) -> dataset.Dataset:
-        cfg = Data(train=train, **{"max_length": 64, "cache": str(tmp_path / "cache"), **options})
+        cfg = Data(train=train, **{"max_length": 96, "cache": str(tmp_path / "cache"), **options})
         return dataset.load(cfg, "train", load_tokenizer(tiny))
 
     return made
@@ -38,7 +39,7 @@ def rows_of(found: dataset.Dataset) -> list[tuple]:
 def test_processes_and_spans_change_nothing(load, tmp_path, monkeypatch):
     path = write_rows(tmp_path / "rows.jsonl", [{**row, "task": f"t{i % 3}"} for i, row in enumerate(ragged_rows(3000))])
     whole = load(str(path))
-    monkeypatch.setattr("engine.data.reading.SPAN_BYTES", 10_000)
+    monkeypatch.setattr("engine.data.dataset.SPAN_BYTES", 10_000)
     monkeypatch.setattr(build, "WORKER_BYTES", 1000)
     parts = load(str(path), cache=str(tmp_path / "other"), workers=3)
     assert len(parts.files[0].index["spans"]) > 10 and len(whole.files[0].index["spans"]) == 1
@@ -73,7 +74,7 @@ def test_a_build_that_is_killed_leaves_nothing_that_looks_whole(tiny, tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", ragged_rows(40_000))
     code = ("import sys\nfrom pathlib import Path\nfrom engine.config import Data\nfrom engine.data import build, dataset\n"
             "from engine.data.tokenizer import load_tokenizer\nbuild.WORKER_BYTES = 1000\n"
-            "dataset.load(Data(train=sys.argv[1], max_length=64, cache=sys.argv[2], workers=2), 'train', load_tokenizer(Path(sys.argv[3])))\n")
+            "dataset.load(Data(train=sys.argv[1], max_length=96, cache=sys.argv[2], workers=2), 'train', load_tokenizer(Path(sys.argv[3])))\n")
     command = [sys.executable, "-c", code, str(path), str(tmp_path / "cache"), str(tiny)]
     started = subprocess.Popen(command, cwd=ROOT)
     end = time.monotonic() + 60
@@ -84,7 +85,7 @@ def test_a_build_that_is_killed_leaves_nothing_that_looks_whole(tiny, tmp_path):
     started.wait()
     assert not [entry for entry in (tmp_path / "cache").iterdir() if (entry / "index.json").exists() and not entry.name.startswith(".tmp")]
     subprocess.run(command, cwd=ROOT, check=True, timeout=120)
-    found = dataset.load(Data(train=str(path), max_length=64, cache=str(tmp_path / "cache")), "train", load_tokenizer(tiny))
+    found = dataset.load(Data(train=str(path), max_length=96, cache=str(tmp_path / "cache")), "train", load_tokenizer(tiny))
     assert len(found) == 40_000 and not list((tmp_path / "cache").glob(".tmp-*"))
 
 
@@ -105,7 +106,7 @@ def test_a_file_that_changes_under_the_reader_is_refused(load, tmp_path, monkeyp
 
 def test_a_worker_that_dies_is_told(load, tmp_path, monkeypatch):
     path = write_rows(tmp_path / "rows.jsonl", ragged_rows(3000))
-    monkeypatch.setattr("engine.data.reading.SPAN_BYTES", 10_000)
+    monkeypatch.setattr("engine.data.dataset.SPAN_BYTES", 10_000)
     monkeypatch.setattr(build, "WORKER_BYTES", 1000)
     monkeypatch.setattr(build.sys, "executable", "false")
     with pytest.raises(EngineError, match="rows.jsonl: the process that tokenised it ended with exit code 1"):
@@ -198,10 +199,10 @@ def test_the_ledger_balances_for_any_lengths_ranks_resumes_and_epochs(tiny, tmp_
     seen, counted, start = np.zeros(len(found), np.int64), ledger.Counts(), 0
     for stop in stops:  # each launch counts what it trained and leaves its sums to the next
         for rank in range(size):
-            for _, batches in Loader(found, plan, rank, size, 2, (1.0, 0.0), start, stop):
+            for _, batches in Loader(found, plan, rank, size, 2, lambda tokens, *_: tokens, torch.device("cpu"), start, stop):
                 counted += ledger.Counts.of(batches)
                 for batch in batches:
-                    np.add.at(seen, batch.rows, 1)
+                    np.add.at(seen, batch.trained, 1)
         start = stop
         times = plan.times_trained(stop)
         assert np.array_equal(seen, times)

@@ -100,7 +100,6 @@ def test_a_merged_weight_is_rounded_once(recipe, tiny, tmp_path):
 def test_agreement_is_measured_in_nats_and_shares(recipe, tiny, tmp_path):
     """Against figures computed by hand from both models' logits."""
     from engine import config, precision
-    from engine.data.dataset import load_dataset
     from engine.data.tokenizer import load_tokenizer
 
     cfg = config.load(recipe("export.verify_rows=3"))

@@ -10,7 +10,7 @@ import pytest
 import sentencepiece
 import tokenizers
 import torch
-from conftest import ROOT, a_row, ragged_rows, write_rows
+from conftest import ROOT, a_row, load_dataset, ragged_rows, write_rows
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine import generate as command
@@ -18,7 +18,6 @@ from engine import lora
 from engine.adapter import save
 from engine.attention import PackedAttention
 from engine.config import Lora
-from engine.data.dataset import load_dataset
 from engine.data.template import TEMPLATES
 from engine.data.tokenizer import end_of, load_tokenizer, prompt_ids, stops
 from engine.dropout import DropoutKeys

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ragged_rows, write_rows
+from conftest import load_dataset, ragged_rows, write_rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engine import metrics
 from engine.attention import PackedAttention
-from engine.data.dataset import load_dataset
 from engine.data.tokenizer import load_tokenizer
 from engine.dropout import DropoutKeys
 from engine.lora import Settings, apply

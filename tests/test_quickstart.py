@@ -5,9 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, load_dataset
 
-from engine.data.dataset import load_dataset
 from engine.data.tokenizer import load_tokenizer
 
 HERE = ROOT / "recipes" / "quickstart"
@@ -44,5 +43,5 @@ def test_rows_fit_the_model_and_need_no_byte_pieces(tmp_path, name):
     tokenizer = load_tokenizer(HERE / "model")
     data = load_dataset(HERE / f"{name}.jsonl", tokenizer, "alpaca", 128, "error", tmp_path)
     config = json.loads((HERE / "model/config.json").read_text())
-    assert tokenizer.size == config["vocab_size"] and data.ledger["kept"] == len(rows(name))
+    assert tokenizer.size == config["vocab_size"] and len(data) == len(rows(name))
     assert not any(tokenizer.model.is_byte(int(piece)) for piece in set(data.tokens.tolist()))

@@ -13,16 +13,15 @@ from types import SimpleNamespace
 import pytest
 import sentencepiece
 import tokenizers
-from conftest import ROOT, a_row, ragged_rows, write_rows
+from conftest import ROOT, Rows, a_row, load_dataset, ragged_rows, write_rows
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
 from engine import config, evaluate
 from engine import generate as command
 from engine.config import Data
-from engine.data import chat_template
+from engine.data import chat_template, dataset
 from engine.data.chat_template import difference, own_template, render
-from engine.data.dataset import load_both, load_dataset
 from engine.data.template import TEMPLATES, question
 from engine.data.tokenizer import end_of, load_tokenizer, prompt_ids, stops
 from engine.errors import SECURITY, USER, EngineError
@@ -266,7 +265,8 @@ def test_the_cache_knows_the_system_prompt(tiny, tmp_path):
 
 def test_training_and_held_out_rows_are_asked_with_it(tiny, tmp_path):
     path, tokenizer = str(write_rows(tmp_path / "rows.jsonl", ragged_rows(1))), load_tokenizer(tiny)
-    for data in load_both(Data(path, path, template="llama2", system="Be brief.", cache=str(tmp_path / "cache")), tokenizer):
+    cfg = Data(path, path, template="llama2", system="Be brief.", cache=str(tmp_path / "cache"))
+    for data in (Rows(**vars(dataset.load(cfg, of, tokenizer))) for of in ("train", "validation")):
         prompt = prompt_ids(a_row(**ragged_rows(1)[0]), "llama2", tokenizer, "Be brief.")
         assert data.tokens[: len(prompt)].tolist() == prompt
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import tokenizers
-from conftest import a_row, ragged_rows
+from conftest import a_row, load_dataset, ragged_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
-from engine.data.dataset import check_fit, load_dataset
+from engine.data.dataset import check_fit
 from engine.data.tokenizer import PLACES, load_tokenizer, prompt_ids, tokenise
 from engine.errors import USER, EngineError
 

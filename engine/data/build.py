@@ -20,6 +20,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -33,8 +34,8 @@ from tqdm import tqdm
 
 from engine.data.formats import FORMATS, BadRow, Row
 from engine.data.reading import FileSurvey, Span, records
-from engine.data.template import render
-from engine.data.tokenizer import Tokenizer, load_tokenizer, tokenise
+from engine.data.template import TEMPLATES
+from engine.data.tokenizer import Tokenizer, learnt, load_tokenizer, tokenise
 from engine.errors import EngineError
 
 VERSION = 3  # of the arrays' meaning and of the code that makes them; a change makes old caches strangers
@@ -42,7 +43,7 @@ BATCH = 1024  # rows tokenised in one call
 WORKER_BYTES = 1 << 20  # of text that are worth a process of their own, which takes a third of a second to start
 
 # A row's facts. `answer`: where its last answer's first token is, -1 for plain text. The hashes are of all ids and of those before the answer.
-ROW = np.dtype([("length", "i4"), ("targets", "i4"), ("answer", "i4"), ("line", "i8"), ("task", "i2"), ("flags", "u2"), ("all", "u8"), ("prompt", "u8")])
+ROW = np.dtype([("length", "i4"), ("targets", "i4"), ("answer", "i4"), ("line", "i8"), ("task", "i4"), ("flags", "u2"), ("all", "u8"), ("prompt", "u8")])
 NAMES_CONTROL = 1  # its text holds the name of a control token; it was read as text
 HOLDS_CONTROL = 2  # its text became a control token
 DOUBLE_BOS = 4
@@ -71,14 +72,15 @@ def build(folder: Path, survey: FileSurvey, job: Job, tokenizer: Tokenizer, work
     """
     folder.mkdir()
     before = survey.path.stat()
-    progress = tqdm(total=survey.bytes, desc=f"tokenising {survey.path.name}", unit="B", unit_scale=True, disable=not sys.stderr.isatty(), leave=False)
+    progress = tqdm(total=sum(span.end - span.start for span in survey.spans), desc=f"tokenising {survey.path.name}", unit_scale=True,
+                    unit=" rows" if survey.kind == "parquet" else "B", disable=not sys.stderr.isatty(), leave=False)
     with progress:
         found = list(_write_spans(folder, survey, job, tokenizer, workers or os.cpu_count() or 1, progress))
     after = survey.path.stat()
     if (before.st_size, before.st_mtime_ns, before.st_ino) != (after.st_size, after.st_mtime_ns, after.st_ino):
         raise EngineError("DATA-CHANGED", f"{survey.path}: has changed while it was read; start again once nothing writes to it")
-    index = {"file": survey.path.name, "sha256": survey.sha256, "bytes": survey.bytes, "lines": survey.lines, "spans": found,
-             "highest": max((span["highest"] for span in found), default=-1)}
+    index = {"sha256": survey.sha256, "bytes": survey.bytes, "lines": survey.lines, "records": sum(span["records"] for span in found),
+             "highest": max((span["highest"] for span in found), default=-1), "spans": found}
     (folder / "index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
@@ -88,7 +90,7 @@ def _write_spans(folder: Path, survey: FileSurvey, job: Job, tokenizer: Tokenize
     if count < 2:
         for number, span in enumerate(survey.spans):
             yield write_span(folder, number, span, job, tokenizer)
-            progress.update(span.size)
+            progress.update(span.end - span.start)
         return
     spans = iter(enumerate(survey.spans))  # shared by the threads below: each takes the next one when it is free
     done: dict[int, dict[str, Any]] = {}
@@ -98,7 +100,7 @@ def _write_spans(folder: Path, survey: FileSurvey, job: Job, tokenizer: Tokenize
             with _Worker(folder, job, tokenizer) as worker:
                 for number, span in spans:
                     done[number] = worker.write(number, span)
-                    progress.update(span.size)
+                    progress.update(span.end - span.start)
         except EngineError:
             list(spans)  # nothing is left to do for the others
             raise
@@ -136,7 +138,8 @@ class _Worker:
     def __exit__(self, kind: Any, *_: Any) -> None:
         if kind is not None:
             self.process.kill()
-        self.process.stdin.close()
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
         self.process.stdout.close()
 
@@ -144,11 +147,11 @@ class _Worker:
 def write_span(folder: Path, number: int, span: Span, job: Job, tokenizer: Tokenizer) -> dict[str, Any]:
     """Writes a span's arrays; returns its counts: every record is kept or rejected."""
     name = re.compile("|".join(map(re.escape, sorted(tokenizer.specials(), key=len, reverse=True))) or "(?!)")
-    control = np.zeros(tokenizer.size, dtype=bool)
-    control[[tokenizer.special(special) for special in tokenizer.specials()]] = True
-    found = {"rows": 0, "rejected": 0, "highest": -1, "tasks": []}
+    found = {"records": 0, "rejected": 0, "highest": -1}
     tasks: dict[str, int] = {}
-    ids, supervised, rows = [np.empty(0, np.int32)], [np.empty(0, bool)], [np.empty(0, ROW)]
+    ignored: Counter[str] = Counter()
+    read, write = FORMATS[job.format], TEMPLATES[job.template]
+    ids, supervised, all_facts = [np.empty(0, np.int32)], [np.empty(0, bool)], [np.empty(0, ROW)]
     with (folder / f"{number:05d}.rejected.jsonl").open("w", encoding="utf-8") as rejected:
 
         def reject(line: int, bad: BadRow) -> None:
@@ -156,41 +159,45 @@ def write_span(folder: Path, number: int, span: Span, job: Job, tokenizer: Token
             print(json.dumps({"line": line, "column": bad.column, "reason": bad.reason}, ensure_ascii=False), file=rejected)
 
         for batch in _batches(records(span), BATCH):
-            good: list[tuple[Row, list]] = []
+            rows: list[Row] = []
             for line, record in batch:
+                found["records"] += 1
                 try:
                     if isinstance(record, BadRow):
                         raise record
-                    row = FORMATS[job.format](record, line)
-                    good.append((row, render(row, job.template, job.system, job.supervise)))
+                    row = read(record, line)
+                    write.check(row)
+                    if not any(learnt(row, job.supervise)):
+                        raise BadRow("no message is learnt; there is nothing to train on")
+                    rows.append(row)
+                    ignored.update(read.ignored(record))
                 except BadRow as bad:
                     reject(line, bad)
-            if not good:
+            if not rows:
                 continue
-            tokens = tokenise([segments for _, segments in good], job.template, tokenizer)
-            facts = np.zeros(len(good), ROW)
+            tokens = tokenise(rows, job.template, job.system, job.supervise, tokenizer)
+            facts = np.zeros(len(rows), ROW)
             facts["length"], facts["answer"] = tokens.lengths, tokens.answers
-            facts["line"] = [row.line for row, _ in good]
-            facts["task"] = [tasks.setdefault(row.task, len(tasks)) for row, _ in good]
+            facts["line"] = [row.line for row in rows]
+            facts["task"] = [tasks.setdefault(row.task, len(tasks)) for row in rows]
             starts = np.cumsum(tokens.lengths) - tokens.lengths
             facts["targets"] = np.add.reduceat(tokens.supervised, starts, dtype=np.int64)
-            written = [len(tokenizer.prefix) + sum(segment.special for segment in segments) for _, segments in good]
-            facts["flags"] |= HOLDS_CONTROL * (np.add.reduceat(control[tokens.ids], starts, dtype=np.int64) > written).astype(np.uint16)
+            facts["flags"] |= HOLDS_CONTROL * tokens.invaded.astype(np.uint16)
             if tokenizer.prefix:
                 second = tokens.ids[np.minimum(starts + 1, len(tokens.ids) - 1)] == tokenizer.prefix[0]
-                facts["flags"] |= DOUBLE_BOS * (second & (tokens.ids[starts] == tokenizer.prefix[0]) & (tokens.lengths > 1)).astype(np.uint16)
+                facts["flags"] |= DOUBLE_BOS * (second & (tokens.lengths > 1)).astype(np.uint16)
             facts["flags"] |= np.array([NAMES_CONTROL * any(name.search(message.content) or name.search(message.input) for message in row.messages)
-                                        for row, _ in good], dtype=np.uint16)
+                                        for row in rows], dtype=np.uint16)
             for place, (start, length, answer) in enumerate(zip(starts.tolist(), tokens.lengths.tolist(), tokens.answers.tolist(), strict=True)):
                 facts["all"][place] = _hash(tokens.ids[start : start + length])
                 facts["prompt"][place] = _hash(tokens.ids[start : start + answer]) if answer >= 0 else facts["all"][place]
             found["highest"] = max(found["highest"], int(tokens.ids.max()))
             ids.append(tokens.ids)
             supervised.append(tokens.supervised)
-            rows.append(facts)
-    for kind, parts in (("tokens", ids), ("supervised", supervised), ("rows", rows)):
+            all_facts.append(facts)
+    for kind, parts in (("tokens", ids), ("supervised", supervised), ("rows", all_facts)):
         np.save(folder / f"{number:05d}.{kind}.npy", np.concatenate(parts))
-    return {**found, "rows": sum(map(len, rows)), "tasks": list(tasks)}
+    return {**found, "rows": sum(map(len, all_facts)), "tasks": list(tasks), "ignored": ignored}
 
 
 def _hash(ids: np.ndarray) -> int:

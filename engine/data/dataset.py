@@ -23,11 +23,13 @@ from engine.config import Data, Source
 from engine.data import build
 from engine.data.build import Job
 from engine.data.plan import shuffled
-from engine.data.reading import FileSurvey, expand, survey
+from engine.data.reading import SPAN, FileSurvey, Span, expand, survey
 from engine.data.tokenizer import Tokenizer
+from engine.dropout import mix
 from engine.errors import EngineError
 from engine.publish import built_once, published
 
+SPANS, SPAN_BYTES = 64, 512 << 10  # spans of a file, about, and the least bytes of one; large files have more, of reading.SPAN
 RELEASED_BYTES = 64 << 20  # of mapped arrays read before their pages are given back
 NAMED = 5  # rows that an error names
 
@@ -198,6 +200,8 @@ def load(cfg: Data, of: str, tokenizer: Tokenizer, seed: int = 0, strict: bool =
             folder = built_once(Path(cfg.cache) / key[:24], lambda building, found=found, job=job: build.build(building, found, job, tokenizer, cfg.workers),
                                 f"Another process tokenises {path}; waiting for it")
             index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+            if not index["records"]:
+                raise EngineError("DATA-EMPTY", f"{path}: holds no row; expected records of the format {source.format}")
             files.append(File(path, number, index, folder))
             contents.append([number, key])
     _warn_of_repeated_files(files)
@@ -217,14 +221,15 @@ def known_survey(path: Path, cache: Path) -> FileSurvey:
     try:
         known = json.loads(memo.read_text(encoding="utf-8"))
         if known["state"] == state:
-            return FileSurvey.from_json(path, known["survey"])
+            return FileSurvey(**{**known["survey"], "path": path, "spans": tuple(Span(path, *span) for span in known["survey"]["spans"])})
     except (OSError, ValueError, LookupError):
         pass
-    found = survey(path)
+    found = survey(path, max(SPAN_BYTES, min(SPAN, status.st_size // SPANS)))
     # A write within the clock's tick of the last one would not be seen, so a file must have rested for a while.
     if path.stat().st_mtime_ns == status.st_mtime_ns and abs(time.time_ns() - status.st_mtime_ns) > 2e9:
         with published(memo) as building:
-            building.write_text(json.dumps({"state": state, "survey": found.to_json()}), encoding="utf-8")
+            spans = [[span.kind, span.start, span.end, span.first_line, span.first_column] for span in found.spans]
+            building.write_text(json.dumps({"state": state, "survey": {**vars(found), "path": None, "spans": spans}}), encoding="utf-8")
     return found
 
 
@@ -312,7 +317,7 @@ def _times(source_of_rows: np.ndarray, kept: np.ndarray, sources: list[Source], 
             if len(mine):
                 full, rest = divmod(round(source.weight * rows_a_weight), len(mine))
                 times[mine] = full
-                times[mine[shuffled(np.arange(rest), len(mine), seed, number)]] += 1
+                times[mine[shuffled(np.arange(rest), len(mine), np.uint64(mix(seed, number)))]] += 1
     return times * kept
 
 

@@ -11,7 +11,9 @@ import numpy as np
 
 from engine.data.dataset import KEPT, SILENT, SPLIT, TOO_LONG, TRUNCATED, Dataset
 from engine.data.loader import MicroBatch
+from engine.data.plan import Step
 from engine.errors import BUG, EngineError
+
 
 class Counts(NamedTuple):
     """What was trained, as whole numbers that ranks and steps add up. `numbers` sums each document's number plus one: it tells
@@ -25,10 +27,27 @@ class Counts(NamedTuple):
     @classmethod
     def of(cls, batches: Iterable[MicroBatch]) -> "Counts":
         """What micro-batches hold, padding not counted."""
-        return sum(((batch.rows.size, int(batch.rows.sum()) + batch.rows.size, batch.num_tokens, len(batch.targets)) for batch in batches), cls())
+        return sum(((len(batch.trained), int((batch.trained + 1).sum()), batch.num_tokens, len(batch.targets)) for batch in batches), cls())
+
+    @classmethod
+    def planned(cls, step: Step) -> "Counts":
+        """What all ranks together train in a step."""
+        return cls(len(step.documents), int((step.documents + 1).sum()), step.num_tokens, step.num_targets)
 
     def __add__(self, other: Iterable[float]) -> "Counts":
         return Counts(*(one + round(another) for one, another in zip(self, other, strict=True)))
+
+
+def as_planned(step: Step, counts: Iterable[float]) -> Counts:
+    """What all ranks trained in a step, if it is what was planned.
+
+    Raises:
+        EngineError: it is not, which is a bug and stops the run before its weights are touched.
+    """
+    found, planned = Counts() + counts, Counts.planned(step)
+    if found != planned:
+        raise EngineError("LEDGER-STEP", f"step {step.number} trained {found}, planned {planned}; this is a bug, nothing was updated", BUG)
+    return found
 
 
 FATES = {TRUNCATED: "truncated", SPLIT: "split", TOO_LONG: "too_long", SILENT: "no_target_left"}
@@ -66,19 +85,27 @@ def account(dataset: Dataset, times: np.ndarray | None = None) -> dict[str, Any]
     return found
 
 
+def accounts(rows: Dataset, held_out: Dataset | None, times: np.ndarray, counted: Counts) -> dict[str, Any]:
+    """ledger.json: of the rows trained on, compared with the loop's own counts, and of those held out."""
+    found = {"train": account(rows, times)}
+    compare(found["train"], counted)
+    return found | ({"validation": account(held_out)} if held_out else {})
+
+
 def compare(account: dict[str, Any], counted: Counts) -> None:
     """Raises EngineError where the loop, summed over its steps and all launches of the run, trained something else."""
     for name, number in zip(("documents_trained", "numbers_trained", "tokens_trained", "targets_trained"), counted, strict=True):
         _balance(account, account[name] == number, f"{name} = {number}, the loop's own count")
 
 
-def left_out(dataset: Dataset) -> Iterator[dict[str, str]]:
+def left_out(*datasets: Dataset | None) -> Iterator[dict[str, str]]:
     """Rows that no document holds, and records that are no rows: where and why."""
-    for file in dataset.files:
-        for line, column, reason in file.rejects():
-            yield {"row": f"{file.path}:{line}" + (f":{column}" if column else ""), "fate": "rejected", "reason": reason}
-    for row in np.flatnonzero(~np.isin(dataset.fates, KEPT)).tolist():
-        yield {"row": dataset.where(row), "fate": FATES[int(dataset.fates[row])], "reason": dataset.reason_left_out(row)}
+    for dataset in filter(None, datasets):
+        for file in dataset.files:
+            for line, column, reason in file.rejects():
+                yield {"row": f"{file.path}:{line}" + (f":{column}" if column else ""), "fate": "rejected", "reason": reason}
+        for row in np.flatnonzero(~np.isin(dataset.fates, KEPT)).tolist():
+            yield {"row": dataset.where(row), "fate": FATES[int(dataset.fates[row])], "reason": dataset.reason_left_out(row)}
 
 
 def _times_of_rows(dataset: Dataset, times: np.ndarray) -> np.ndarray:

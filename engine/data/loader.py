@@ -34,6 +34,7 @@ class MicroBatch:
     sources         (n,)  which source each target's document is from
     documents             tokens of each document, in order
     places, lengths       each sequence's place in the global batch and its tokens, padding included
+    trained, num_tokens   which documents of the dataset these are, and their tokens, both without padding
     """
 
     ids: Tensor
@@ -44,6 +45,8 @@ class MicroBatch:
     documents: list[int]
     places: list[int]
     lengths: list[int]
+    trained: np.ndarray
+    num_tokens: int
 
     def each(self, function: Callable[[Tensor], Tensor]) -> "MicroBatch":
         """The same with `function` of every tensor."""
@@ -110,7 +113,7 @@ def micro_batches(step: Step, dataset: Dataset, places: Sequence[int], micro_bat
 
 def collate(dataset: Dataset, sequences: Sequence[np.ndarray], places: Sequence[int], device: torch.device, fill_to: int = 0) -> MicroBatch:
     """`sequences` of documents as one micro-batch, each filled up to `fill_to` tokens with padding where it is shorter."""
-    ids, supervised, sources, lengths = [], [], [], []
+    ids, supervised, sources, lengths, num_tokens = [], [], [], [], 0
     for sequence in sequences:
         first = len(ids)
         for document in sequence:
@@ -119,6 +122,7 @@ def collate(dataset: Dataset, sequences: Sequence[np.ndarray], places: Sequence[
             supervised.append(mask)
             sources.append(dataset.source[document])
         lengths.append(sum(map(len, ids[first:])))
+        num_tokens += lengths[-1]
         if padding := max(fill_to - lengths[-1], 0):
             ids.append(np.zeros(padding, dtype=np.int64))
             supervised.append(np.zeros(padding, dtype=bool))
@@ -132,9 +136,9 @@ def collate(dataset: Dataset, sequences: Sequence[np.ndarray], places: Sequence[
         return torch.from_numpy(array.astype(np.int64)).to(device)
 
     return MicroBatch(tensor(tokens), tensor(positions), tensor(at), tensor(tokens[at + 1]), tensor(np.repeat(sources, documents)[at + 1]),
-                      documents.tolist(), list(places), lengths)
+                      documents.tolist(), list(places), lengths, np.concatenate(sequences), num_tokens)
 
 
 def empty(device: torch.device) -> MicroBatch:
     zero, none = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(0, dtype=torch.int64, device=device)
-    return MicroBatch(zero, zero, none, none, none, [1], [0], [1])
+    return MicroBatch(zero, zero, none, none, none, [1], [0], [1], np.zeros(0, dtype=np.int64), 0)

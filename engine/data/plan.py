@@ -17,6 +17,7 @@ import numpy as np
 
 from engine.dropout import mix
 
+MANY = 1 << 16  # sequences looked at together
 ROUNDS = 8  # of the permutation below; fewer favour some orders of five or six documents measurably
 # What a micro-batch costs beside its tokens, in tokens: it reads all weights once, and in the time that a GPU reads a
 # 16-bit weight it could use it for about this many tokens.
@@ -41,6 +42,10 @@ class Step:
     lengths: np.ndarray
     targets: np.ndarray
     fill_to: int
+
+    @property
+    def documents(self) -> np.ndarray:
+        return np.concatenate(self.sequences)
 
 
 class Plan:
@@ -70,23 +75,38 @@ class Plan:
         self.sequences_per_epoch = len(self.starts) - 1
         self.steps_per_epoch = -(-self.sequences_per_epoch // global_batch)
         self.num_steps = self.steps_per_epoch * epochs
-        self.fill = float(lengths.sum(dtype=np.int64)) / (self.sequences_per_epoch * max_length)
+        room, tokens = self.sequences_per_epoch * max_length, int(lengths.sum(dtype=np.int64))
+        self.fill, self.padding = tokens / room, (room - tokens) * packing
 
     def step(self, number: int) -> Step:
         epoch, place = divmod(number, self.steps_per_epoch)
+        documents, sizes = self._deal(epoch, place * self.global_batch, (place + 1) * self.global_batch)
+        lengths, targets = self.lengths[documents].astype(np.int64), self.targets[documents]
+        return Step(number, epoch, place == self.steps_per_epoch - 1, np.split(documents, np.cumsum(sizes)[:-1]),
+                    int(lengths.sum()), int(targets.sum()), lengths, targets, self.max_length if self.packing else 0)
+
+    def times_trained(self, steps: int) -> np.ndarray:
+        """How often each document has been trained once `steps` steps are done."""
+        epochs, rest = divmod(steps, self.steps_per_epoch)
+        times = np.full(len(self.lengths), epochs, dtype=np.int64)
+        for place in range(0, rest * self.global_batch, MANY):
+            documents, _ = self._deal(epochs, place, min(place + MANY, rest * self.global_batch))
+            times[documents] += 1
+        return times
+
+    def _deal(self, epoch: int, first: int, last: int) -> tuple[np.ndarray, list[int]]:
+        """Documents of an epoch's sequences from the `first` to before the `last`, end to end, and how many each has."""
         key = np.uint64(mix(self.seed, epoch))
-        numbers = np.arange(place * self.global_batch, min((place + 1) * self.global_batch, self.sequences_per_epoch))
+        numbers = np.arange(first, min(last, self.sequences_per_epoch))
         if self.shuffle:
             numbers = shuffled(numbers, self.sequences_per_epoch, _stir(key, 0))  # 0: no document is so short
         parts = [self.slots[self.starts[i] : self.starts[i + 1]] for i in numbers]
         documents = np.concatenate(parts).astype(np.int64)
         if self.by_length is not None:
             length = self.lengths[self.by_length[documents]].astype(np.int64)
-            first = (np.cumsum(self.counts) - self.counts)[length]
-            documents = self.by_length[first + shuffled(documents - first, self.counts[length], _stir(key, length))].astype(np.int64)
-        lengths, targets = self.lengths[documents].astype(np.int64), self.targets[documents]
-        return Step(number, epoch, place == self.steps_per_epoch - 1, np.split(documents, np.cumsum([len(part) for part in parts])[:-1]),
-                    int(lengths.sum()), int(targets.sum()), lengths, targets, self.max_length if self.packing else 0)
+            begin = (np.cumsum(self.counts) - self.counts)[length]
+            documents = self.by_length[begin + shuffled(documents - begin, self.counts[length], _stir(key, length))].astype(np.int64)
+        return documents, [len(part) for part in parts]
 
 
 def share(step: Step, size: int, cost: Callable[[int, int, np.ndarray], float], micro_batch: int) -> list[list[int]]:

@@ -207,12 +207,14 @@ class Tokens:
     supervised  bool    beside them: which are learnt. A row's first never is, as nothing stands before it.
     lengths     int32   ids of each row; a row ends with the token that ends its last answer
     answers     int32   where in its row the last answer begins; -1: it is no conversation
+    invaded     bool    rows of whose text some became a control token
     """
 
     ids: np.ndarray
     supervised: np.ndarray
     lengths: np.ndarray
     answers: np.ndarray
+    invaded: np.ndarray
 
 
 def tokenise(rows: Sequence[Row], template: str, system: str | None, supervise: str, tokenizer: Tokenizer) -> Tokens:
@@ -229,22 +231,22 @@ def tokenise(rows: Sequence[Row], template: str, system: str | None, supervise: 
         BadRow: a row has messages that the template has no place for; `Template.check` tells of one row.
     """
     pieces: dict[tuple[str, bool | None], int] = {}  # the distinct ones of the batch: text, spaced or not, or control tokens (None), and their number
-    segments, learnt, starts, answers = [], [], [], []  # each segment's piece, and whether it is supervised; each row's first segment, its last answer's
+    segments, masks, starts, answers = [], [], [], []  # each segment's piece, and whether it is supervised; each row's first segment, its last answer's
     write, around = TEMPLATES[template], supervise == "all"
     for row in rows:
-        wanted, last = _wanted(row, supervise), len(row.messages) - 1
+        wanted, last = learnt(row, supervise), len(row.messages) - 1
         text_alone = row.messages[0].role == "text"
         place = "begin" if write.chat and not text_alone else "alone"
         starts.append(len(segments))
         answers.append(-1)
         segments.append(pieces.setdefault((BOS, None), len(pieces)))
-        learnt.append(False)
+        masks.append(False)
         for text, special, turn in write(row, system):
             if turn == last and answers[-1] < 0 and not text_alone:
                 answers[-1] = len(segments)
             segments.append(pieces.setdefault((text, None if special else place in tokenizer.spaced), len(pieces)))
             begins = special and text == BOS
-            learnt.append(not begins and (around if turn is None else wanted[turn]))
+            masks.append(not begins and (around if turn is None else wanted[turn]))
             if place != "alone":
                 place = "begin" if begins else "control" if special else "text"
     found = _encode(pieces, tokenizer)
@@ -255,13 +257,15 @@ def tokenise(rows: Sequence[Row], template: str, system: str | None, supervise: 
     ends = np.cumsum(sizes)
     # index of every token in `ids`: where its segment's piece begins there, plus 0, 1, 2 …
     index = np.repeat(np.cumsum(lengths)[which] - ends, sizes) + np.arange(sizes.sum())
-    supervised, begins = np.repeat(np.asarray(learnt, bool), sizes), (ends - sizes)[first]
+    supervised, begins = np.repeat(np.asarray(masks, bool), sizes), (ends - sizes)[first]
     supervised[begins] = False
+    control = {tokenizer.eos, *tokenizer.prefix, *map(tokenizer.special, tokenizer.specials())}
+    invaded = np.array([kind is not None and not control.isdisjoint(found[number]) for (_, kind), number in pieces.items()])
     return Tokens(ids[index], supervised, np.diff(begins, append=len(index)).astype(np.int32),
-                  np.where(at < 0, -1, (ends - sizes)[at] - begins).astype(np.int32))
+                  np.where(at < 0, -1, (ends - sizes)[at] - begins).astype(np.int32), np.logical_or.reduceat(invaded[which], first))
 
 
-def _wanted(row: Row, supervise: str) -> list[bool]:
+def learnt(row: Row, supervise: str) -> list[bool]:
     """Whether each message is learnt."""
     last = len(row.messages) - 1
     return [message.train if message.train is not None else supervise == "all" or message.role == "text"
