@@ -107,6 +107,7 @@ def test_a_mistake_is_told_in_seconds_without_torch(tmp_path):
 def test_every_recipe_loads_once_its_files_are_there(path, monkeypatch):
     """Weights and rows that a user brings are not in the repository; everything else about the recipe is checked."""
     monkeypatch.setattr(config.Path, "is_file", lambda self: True)
+    monkeypatch.setattr(config.Path, "exists", lambda self: True)
     loaded = config.load([str(path)])
     assert loaded.run.name == path.stem
     assert path.read_text(encoding="utf-8").startswith("# ") and "torchrun" in path.read_text(encoding="utf-8")

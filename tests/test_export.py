@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import load_dataset
 from safetensors.torch import load_file, save_file
 
 from engine import adapter, convert, export, gguf_in, gguf_out, hub, lora, train

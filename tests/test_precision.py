@@ -30,8 +30,8 @@ def overflow_at(step: int, rank: int, arguments: list[str]) -> int:
         now["step"] = number
         set_keys(self, number, *rest)
 
-    def poisoned(hidden, weight, targets):
-        value = plain(hidden, weight, targets)
+    def poisoned(hidden, weight, targets, *rest):
+        value = plain(hidden, weight, targets, *rest)
         if now["step"] == step and len(targets) and not now["done"] and errors.rank_in_launch() == rank:
             now["done"] = True
             return value * math.inf

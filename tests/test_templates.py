@@ -226,7 +226,8 @@ def test_generation_stops_at_every_end_that_is_listed(tiny, tmp_path, monkeypatc
     command.Answerer(command.arguments(["--model", str(folder), "--device", "cpu"])).answer([[1]])
     monkeypatch.setattr(evaluate, "generate", lambda model, prompts, ends, *rest: (seen.append(ends), [[] for _ in prompts])[1])
     judge = evaluate.Evaluation.__new__(evaluate.Evaluation)
-    judge.rows, judge.data, judge.cfg, judge.tokenizer = [a_row("a", "", "b")], Data(), config.Evaluate(), tokenizer
+    judge.dataset, judge.asked, judge.data = SimpleNamespace(prompt_and_answer=lambda row: ([1], [2])), [0], Data()
+    judge.cfg, judge.tokenizer = config.Evaluate(), tokenizer
     judge.world, judge.precision = SimpleNamespace(rank=0, size=1, is_first=False), SimpleNamespace(context=nullcontext)
     monkeypatch.setattr(evaluate.distributed, "gather_text", lambda text, world: [text])
     judge._answers(None, 1)
