@@ -20,7 +20,8 @@ from engine.data import build, dataset, ledger
 from engine.data.loader import Loader
 from engine.data.plan import Plan
 from engine.data.tokenizer import load_tokenizer
-from engine.errors import BUG, EngineError
+from engine import train
+from engine.errors import BUG, CHECKPOINT, EngineError
 
 
 @pytest.fixture
@@ -214,3 +215,75 @@ def test_the_ledger_balances_for_any_lengths_ranks_resumes_and_epochs(tiny, tmp_
     with pytest.raises(EngineError) as caught:
         ledger.compare(account, counted + ledger.Counts(documents=1))
     assert caught.value.exit_code == BUG
+
+
+def test_rows_that_change_under_a_run_change_nothing_in_it_and_are_refused_after_it(recipe, ranks, tmp_path):
+    """A run trains what it read at its start: the cache cannot be written to by a change of the file."""
+    from test_resume import stop_after
+
+    from engine import metrics
+
+    path = tmp_path / "rows.jsonl"
+    before = dataset.survey(path).sha256
+    changed = metrics.Log.step
+
+    def change(self, number, scalars):
+        if number == 1:
+            path.write_text(path.read_text() + '{"instruction": "a", "output": "b"}\n')
+        changed(self, number, scalars)
+
+    def run() -> int:
+        metrics.Log.step = change
+        return stop_after(2, recipe())
+
+    assert ranks(1, run).wait() == [75]
+    ledger_found = json.loads((tmp_path / "runs/run/ledger.json").read_text())["train"]
+    assert ledger_found["files"][0]["sha256"] == before and ledger_found["files"][0]["records"] == 23 and dataset.survey(path).lines == 24
+    with pytest.raises(EngineError, match="data: .* → ") as caught:
+        train.main(recipe())
+    assert caught.value.exit_code == CHECKPOINT
+
+
+def test_fewer_rows_than_a_global_batch_are_a_smaller_step(recipe, trained, tmp_path):
+    write_rows(tmp_path / "rows.jsonl", ragged_rows(3))
+    trained(2, recipe("train.epochs=2"))
+    lines = [json.loads(line) for line in (tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert json.loads((tmp_path / "runs/run/ledger.json").read_text())["train"]["files"][0]["trained"] == {"2": 3}
+
+
+MEASURE = """
+import json, sys
+import torch
+from pathlib import Path
+from engine.config import Data
+from engine.data import dataset, ledger
+from engine.data.loader import Loader
+from engine.data.plan import Plan
+from engine.data.tokenizer import load_tokenizer
+
+def high_water(process="self"):
+    return next(int(line.split()[1]) // 1024 for line in open(f"/proc/{process}/status") if line.startswith("VmHWM"))
+
+before = high_water()
+rows = dataset.load(Data(train=sys.argv[1], max_length=512, cache=sys.argv[2], workers=2), "train", load_tokenizer(Path(sys.argv[3])))
+plan = Plan(rows.lengths, rows.targets, 512, 64, True, True, 0, 1)
+counted = ledger.Counts()
+for step, batches in Loader(rows, plan, 0, 1, 8, lambda tokens, *_: tokens, torch.device("cpu"), 0, plan.num_steps):
+    counted += ledger.Counts.of(batches)
+ledger.accounts(rows, None, plan.times_trained(plan.num_steps), counted)
+print(json.dumps([len(rows), before, high_water()]))
+"""
+
+
+def test_memory_grows_by_little_more_than_the_facts_of_rows(tiny, tmp_path):
+    """Reading, planning and an epoch of 80,000 rows; what a row costs is what a million may cost: 600 MB with torch's own 250."""
+    costs = []
+    for count in (20_000, 80_000):
+        path = write_rows(tmp_path / f"{count}.jsonl", ragged_rows(1000) * (count // 1000))
+        done = subprocess.run([sys.executable, "-c", MEASURE, str(path), str(tmp_path / "cache"), str(tiny)], cwd=ROOT, capture_output=True, text=True, check=True)
+        costs.append(json.loads(done.stdout))
+    (few, base, peak_of_few), (many, _, peak_of_many) = costs
+    a_million = (peak_of_many - peak_of_few) / (many - few) * 1e6
+    assert peak_of_few + a_million < 600, f"a million rows would take {peak_of_few} + {a_million:.0f} MB"
+    assert base < peak_of_few <= peak_of_many

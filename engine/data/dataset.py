@@ -30,7 +30,7 @@ from engine.errors import EngineError
 from engine.publish import built_once, published
 
 SPANS, SPAN_BYTES = 64, 512 << 10  # spans of a file, about, and the least bytes of one; large files have more, of reading.SPAN
-RELEASED_BYTES = 64 << 20  # of mapped arrays read before their pages are given back
+RELEASED_BYTES = 16 << 20  # of mapped arrays read before their pages are given back
 NAMED = 5  # rows that an error names
 
 WHOLE, TRUNCATED, SPLIT, TOO_LONG, SILENT = range(5)  # fates; SILENT: no supervised token is left within max_length
