@@ -310,24 +310,27 @@ def _array_records(span: Span, blocks: Iterable[bytes]) -> Iterator[tuple[int, d
     line, column, begun, marks = span.first_line, span.first_column, _Record(), _Marks()
     for block in blocks:
         done = 0
-        for end in marks.find(block):
-            begun.add(block[done:end])
-            yield _element(begun.whole(), line, column)
-            line, column = _after(b",", *begun.after(line, column))
-            begun, done = _Record(), end + 1
-        begun.add(block[done:])
+        for end in [*marks.find(block), None]:
+            part = block[done:end]
+            if not begun.size:  # the element begins with what is not blank
+                body = part.lstrip(BLANK)
+                line, column = _after(part[: len(part) - len(body)], line, column)
+                part = body
+            begun.add(part)
+            if end is not None:
+                yield _element(begun.whole(), line, column)
+                line, column = _after(b",", *begun.after(line, column))
+                begun, done = _Record(), end + 1
     yield _element(begun.whole(), line, column)
 
 
 def _element(piece: bytes | None, line: int, column: int) -> tuple[int, dict[str, Any] | BadRow]:
     """Line and content of what begins at `line` and `column`. A fault's line is its own, which may not be the element's first."""
     if piece is None:
-        return line, _too_long()
-    body = piece.lstrip(BLANK)
-    line, column = _after(piece[: len(piece) - len(body)], line, column)
-    found = _parsed(body, "an object")
+        return line, _too_long(column)
+    found = _parsed(piece, "an object")
     if isinstance(found, BadRow):
-        before = body.decode(errors="replace")[: found.column - 1]
+        before = piece.decode(errors="replace")[: found.column - 1]
         found.column += column - 1 if "\n" not in before else -before.rindex("\n") - 1
         line += before.count("\n")
     return line, found
@@ -349,7 +352,10 @@ class _Record:
             self.parts = []
 
     def whole(self) -> bytes | None:
-        return b"".join(self.parts) if self.size <= MAX_RECORD else None
+        if self.size > MAX_RECORD:
+            return None
+        self.parts = [b"".join(self.parts)]  # not twice in memory
+        return self.parts[0]
 
     def after(self, line: int, column: int) -> tuple[int, int]:
         """Line and column of what comes after a record that begins at these."""
@@ -358,8 +364,8 @@ class _Record:
         return _after(b"".join(self.parts), line, column)
 
 
-def _too_long() -> BadRow:
-    return BadRow(f"the record is over {MAX_RECORD >> 20} MiB; shorten or split it", 1)
+def _too_long(column: int = 1) -> BadRow:
+    return BadRow(f"the record is over {MAX_RECORD >> 20} MiB; shorten or split it", column)
 
 
 def _parsed(piece: bytes, what: str = "one object a line") -> dict[str, Any] | BadRow:

@@ -60,6 +60,7 @@ def parse(text: str, what: str = "one object a line") -> Any:
     Raises:
         BadRow: with the column, from 1, of the fault in `text`.
     """
+    text = text.rstrip(BLANK)
     start = len(text) - len(text.lstrip(BLANK))
     if text.count("[") + text.count("{") > DEPTH:  # else it cannot be deeper
         _search(text, ambiguous=False)
@@ -70,7 +71,7 @@ def parse(text: str, what: str = "one object a line") -> Any:
     except ValueError:  # an integer that is too long, too
         _search(text, ambiguous=True)
         raise BadRow(f"not JSON that can be read; expected {what}", start + 1) from None
-    if len(text) != end and (rest := text[end:].lstrip(BLANK)):
+    if rest := text[end:].lstrip(BLANK):
         found = "a second object" if rest[0] == "{" else f"more after the value ({rest[0]!r})"
         raise BadRow(f"not JSON: {found}; expected {what}", len(text) - len(rest) + 1)
     if "\\ud" in text or "\\uD" in text:
