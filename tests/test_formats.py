@@ -36,7 +36,8 @@ def said(*roles: str, key: str = "messages", names: tuple[str, str] = ("role", "
     ("messages", {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [CALL, CALL["function"]]},
                                {"role": "tool", "content": "3", "tool_call_id": "1", "name": "add"}, {"role": "assistant", "content": "3"}]},
      [USER("a"), ASSISTANT("", calls=(READ, READ)), TOOL("3"), ASSISTANT("3")]),
-    ("messages", {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [{"name": "now", "arguments": ""}, {"name": "n"}]}], "tools": []},
+    ("messages", {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [{"name": "now", "arguments": ""}, {"name": "n"}]}],
+                  "tools": []},
      [USER("a"), ASSISTANT("", calls=({"name": "now", "arguments": {}}, {"name": "n", "arguments": {}}))]),
 ])
 def test_records_become_messages(name, record, messages):
@@ -54,9 +55,11 @@ def answer(**fields) -> dict:
 @pytest.mark.parametrize(("name", "record", "words"), [
     ("alpaca", {"output": "b"}, '"instruction": got no such field, expected text'), ("alpaca", {"instruction": None, "output": "b"}, '"instruction": got null'),
     ("alpaca", {"instruction": "a"}, '"output": got no such field'), ("alpaca", {"instruction": "a", "output": 5}, '"output": got 5, expected text'),
-    ("alpaca", {"instruction": "a", "input": ["x" * 99], "output": "b"}, '"input": got ["xxx'), ("alpaca", {"instruction": "a", "output": "b", "task": 1}, '"task": got 1'),
+    ("alpaca", {"instruction": "a", "input": ["x" * 99], "output": "b"}, '"input": got ["xxx'),
+    ("alpaca", {"instruction": "a", "output": "b", "task": 1}, '"task": got 1'),
     ("alpaca", {"instruction": "a", "output": ""}, "the answer (message 2 of 2) is empty or white space; there is nothing to learn"),
-    ("alpaca", {"instruction": "a", "output": " \n\u3000"}, "is empty or white space"), ("completion", {"prompt": "a", "completion": "\t"}, "is empty or white space"),
+    ("alpaca", {"instruction": "a", "output": " \n\u3000"}, "is empty or white space"),
+    ("completion", {"prompt": "a", "completion": "\t"}, "is empty or white space"),
     ("text", {"text": " \n"}, '"text": got only white space'), ("text", {"text": None}, '"text": got null'),
     ("alpaca", {"messages": []}, '"instruction": got no such field; the record looks like format messages; a source has records of one format'),
     ("messages", {"instruction": "a", "output": "b"}, '"messages": got no such field; the record looks like format alpaca'),

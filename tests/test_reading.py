@@ -4,6 +4,7 @@ import builtins
 import json
 import os
 import random
+import re
 import sys
 import time
 import tracemalloc
@@ -199,23 +200,25 @@ def test_an_array_that_is_none_is_an_error_of_the_file(tmp_path, content, words)
     assert words.format(path=path) in str(caught.value)
 
 
-@pytest.mark.parametrize("fault", FAULTS[4:5] + FAULTS[6:9] + FAULTS[12:22] + FAULTS[23:25], ids=lambda fault: repr(fault[0][:24]))
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if re.search("UTF-8|0x00|half a|twice|integer of|no number|larger|got", fault[2])])
 def test_a_fault_in_an_array_is_the_same_one(tmp_path, fault):
     line, column, words = fault
     path = written(tmp_path, b"[" + GOOD + b",\n  " + line.lstrip() + b"\n," + GOOD + b"]")
     for size in (1, 1000):
         first, one, last = found(path, size)
-        assert one[:2] == (2, column + 2) and words.split(";")[0] in one[2] and first == (1, json.loads(GOOD)) and last == (3, json.loads(GOOD))
+        assert one[:2] == (2, column + 2 - line.startswith(b" ")) and words.split(";")[0] in one[2] and first == (1, json.loads(GOOD)) and last == (3, json.loads(GOOD))
 
 
 @pytest.mark.parametrize(("content", "expected"), [
     (b'[{"a": 1},]', [(1, {"a": 1}), (1, 11, "Expecting value")]), (b'[,{"a": 1}]', [(1, 2, "Expecting value"), (1, {"a": 1})]),
-    ('[{"é": "🙂"}, {"a": x},\n5, {"b":\n\n "\ud7ff" 7}]'.encode(), [(1, {"é": "🙂"}), (1, 20, "Expecting value"), (2, 1, "got a number"), (4, 6, "',' delimiter")]),
+    ('[{"é": "🙂"}, {"a": x},\n5, {"b":\n\n "\ud7ff" 7}]'.encode(),
+     [(1, {"é": "🙂"}), (1, 20, "Expecting value"), (2, 1, "got a number"), (4, 6, "',' delimiter")]),
 ])
 def test_a_fault_in_an_array_is_where_an_editor_shows_it(tmp_path, content, expected):
     for size in (1, 100):
         result = found(written(tmp_path, content), size)
-        assert [one[:2] for one in result] == [one[:2] for one in expected] and all(right[2] in one[2] for one, right in zip(result, expected) if len(right) == 3)
+        assert [one[:2] for one in result] == [one[:2] for one in expected]
+        assert all(right[2] in one[2] for one, right in zip(result, expected, strict=True) if len(right) == 3)
 
 
 # ---- Size ----------------------------------------------------------------------------------------------------------------
@@ -250,7 +253,8 @@ def test_paths_patterns_and_folders(tmp_path):
     (tmp_path / "sub.jsonl").mkdir()
     names = lambda pattern: [path.name for path in expand(pattern)]  # noqa: E731
     assert names(tmp_path) == ["a.json", "a[1].jsonl", "b.jsonl"] and names(tmp_path / "*.jsonl") == ["a[1].jsonl", "b.jsonl"]
-    assert names(tmp_path / "c.txt") == ["c.txt"] and names(tmp_path / "a[1].jsonl") == ["a[1].jsonl"] and names(str(tmp_path / "[bc].*")) == ["b.jsonl", "c.txt"]
+    assert names(tmp_path / "c.txt") == ["c.txt"] and names(tmp_path / "a[1].jsonl") == ["a[1].jsonl"]
+    assert names(str(tmp_path / "[bc].*")) == ["b.jsonl", "c.txt"]
 
 
 def test_what_is_no_file_to_read_is_told_at_once(tmp_path, monkeypatch):
@@ -262,10 +266,11 @@ def test_what_is_no_file_to_read_is_told_at_once(tmp_path, monkeypatch):
     real = builtins.open
 
     began = time.perf_counter()
-    for pattern, words in ((tmp_path / "pipe.jsonl", "is a pipe, expected a regular file"), ("/dev/zero", "is a device"), (tmp_path / "none.jsonl", "No such file"),
-                           (tmp_path / "*.nothing", "got none, expected files of that name"), (tmp_path / "empty", "got none, expected files that end in .jsonl"),
-                           (tmp_path / "rows.jsonl.gz", "is compressed (.gz), which is not read; unpack it"), (tmp_path / "loop", "cannot be read"),
-                           (tmp_path / "*.jsonl", "is a pipe"), (tmp_path, "is a pipe"), ("a\0b", "cannot be read"), (tmp_path / "rows.jsonl" / "x", "No such file")):
+    for pattern, words in (
+            (tmp_path / "pipe.jsonl", "is a pipe, expected a regular file"), ("/dev/zero", "is a device"), (tmp_path / "none.jsonl", "No such file"),
+            (tmp_path / "*.nothing", "got none, expected files of that name"), (tmp_path / "empty", "got none, expected files that end in .jsonl"),
+            (tmp_path / "rows.jsonl.gz", "is compressed (.gz), which is not read; unpack it"), (tmp_path / "loop", "cannot be read"),
+            (tmp_path / "*.jsonl", "is a pipe"), (tmp_path, "is a pipe"), ("a\0b", "cannot be read"), (tmp_path / "rows.jsonl" / "x", "No such file")):
         with pytest.raises(EngineError) as caught:
             expand(pattern)
         assert words in str(caught.value) and caught.value.exit_code == USER, pattern
