@@ -206,7 +206,8 @@ def test_a_fault_in_an_array_is_the_same_one(tmp_path, fault):
     path = written(tmp_path, b"[" + GOOD + b",\n  " + line.lstrip() + b"\n," + GOOD + b"]")
     for size in (1, 1000):
         first, one, last = found(path, size)
-        assert one[:2] == (2, column + 2 - line.startswith(b" ")) and words.split(";")[0] in one[2] and first == (1, json.loads(GOOD)) and last == (3, json.loads(GOOD))
+        assert one[:2] == (2, column + 2 - line.startswith(b" ")) and words.split(";")[0] in one[2]
+        assert first == (1, json.loads(GOOD)) and last == (3, json.loads(GOOD))
 
 
 @pytest.mark.parametrize(("content", "expected"), [
