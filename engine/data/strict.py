@@ -12,7 +12,7 @@ DIGITS = 4300  # of an integer, as Python itself reads them
 BLANK = " \t\r\n"
 
 # What a text is made of where it matters: strings, brackets, numbers, the constants that JSON has not. The rest is passed over.
-_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{]|[\]}]|-?\d[\d.eE+-]*|-?Infinity|NaN', re.DOTALL)
+_TOKEN = re.compile(r'"[^"]*"?|[\[{]|[\]}]|-?\d[\d.eE+-]*|-?Infinity|NaN')
 _COLON = re.compile(r"[ \t\r\n]*:")
 # An escape; group 1: of a surrogate without its other half.
 _ESCAPE = re.compile(r"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL)
@@ -93,7 +93,7 @@ def _reason(text: str, error: json.JSONDecodeError, what: str) -> str:
 def _search(text: str, ambiguous: bool) -> None:
     """Raises BadRow at the first thing in `text` that is too deep or, if asked, `ambiguous`."""
     keys: list[set[str]] = [set()]  # of every object that is open
-    for token in _TOKEN.finditer(text):
+    for token in _TOKEN.finditer(text.replace("\\\\", "  ").replace('\\"', "  ")):  # as long as before, and no string holds a quote
         found, column = token[0], token.start() + 1
         if found in "[{":
             keys.append(set())
@@ -105,7 +105,7 @@ def _search(text: str, ambiguous: bool) -> None:
             continue
         elif found[0] == '"':
             if _COLON.match(text, token.end()):
-                if (key := json.loads(found, strict=False)) in keys[-1]:
+                if (key := json.loads(text[token.start() : token.end()])) in keys[-1]:
                     raise BadRow(f"the key {shown(key)} is given twice", column)
                 keys[-1].add(key)
         elif found.endswith(("NaN", "Infinity")):
