@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.data import parquet as parquets
 from engine.data import reading
 from engine.data.formats import BadRow
 from engine.data.reading import Span, expand, read_rows, records, survey
@@ -307,7 +308,7 @@ def test_parquet_however_cut(tmp_path, monkeypatch):
     expected = [(number, {"messages": [{key: value for key, value in one.items() if value is not None} for one in row["messages"]]})
                 for number, row in enumerate(rows, 1)]
     assert found(path) == expected and survey(path).lines == 10 and survey(path).kind == "parquet"
-    monkeypatch.setattr(reading, "PARQUET_ROWS", 3)
+    monkeypatch.setattr(parquets, "ROWS", 3)
     assert found(path, 1) == expected and [(span.start, span.end) for span in survey(path, 1).spans] == [(0, 4), (4, 8), (8, 10)]
     for width in (1, 3, 7):
         cut = [Span(path, "parquet", start, min(start + width, 10), start + 1) for start in range(0, 10, width)]

@@ -8,21 +8,20 @@ import glob
 import hashlib
 import stat
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from engine.data import parquet
 from engine.data.formats import FORMATS, BadRow, Row
 from engine.data.strict import parse
-from engine.errors import EngineError, extra
+from engine.errors import EngineError
 
 BLOCK = 1 << 20  # bytes read at once
 SPAN = 32 << 20  # bytes of a span, about
 MAX_RECORD = 16 << 20  # bytes of a record
-PARQUET_ROWS = 1024  # read at once
 SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet")  # what is taken of a folder
 COMPRESSED = (".gz", ".zip", ".zst", ".bz2", ".xz")
 # How files begin that are something else.
@@ -138,7 +137,7 @@ def survey(path: Path, size: int = SPAN) -> FileSurvey:
                     raise EngineError("DATA-FILE", f"{path}: looks like UTF-16 ({why}); save it as UTF-8")
             data = _Pass(file, head)
             if head.startswith(b"PAR1"):
-                kind, (rows, spans) = "parquet", _parquet_spans(path, size)
+                kind, (rows, spans) = "parquet", _row_spans(path, size)
                 for _ in data:
                     pass
             elif head.removeprefix(BOM).lstrip(BLANK)[:1] == b"[":
@@ -210,6 +209,17 @@ def _array_spans(path: Path, blocks: Iterable[bytes], size: int) -> list[Span]:
     return spans
 
 
+def _row_spans(path: Path, size: int) -> tuple[int, list[Span]]:
+    """A parquet file's rows, and spans of whole groups of them."""
+    spans, start, end, held = [], 0, 0, 0
+    for end, weight in parquet.groups(path):
+        held += weight
+        if held >= size:
+            spans.append(Span(path, "parquet", start, end, start + 1))
+            start, held = end, 0
+    return end, spans if start == end else [*spans, Span(path, "parquet", start, end, start + 1)]
+
+
 def _first_fault(spans: Iterable[Span]) -> str:
     """What is wrong with an array as a whole may begin with a quote or a bracket in one of its elements."""
     for span in spans:
@@ -267,7 +277,7 @@ def records(span: Span) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
     """
     try:
         if span.kind == "parquet":
-            yield from _parquet_records(span)
+            yield from parquet.rows(span.path, span.start, span.end)
             return
         with span.path.open("rb") as file:
             yield from (_array_records if span.kind == "array" else _line_records)(span, _span_blocks(file, span))
@@ -410,65 +420,3 @@ def read_rows(path: Path, format: str = "alpaca", answered: bool = True) -> Iter
             yield row
     if empty:
         raise EngineError("DATA-EMPTY", f"{path}: holds no row; expected JSON objects, one a line")
-
-
-# ---- Parquet -------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _parquet(path: Path) -> Iterator[Any]:
-    """The file, as pyarrow reads it: in this thread, without mapping it into memory."""
-    parquet = extra("pyarrow.parquet", path, "parquet")
-    try:
-        with parquet.ParquetFile(path, memory_map=False, pre_buffer=False) as file:
-            yield file
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:  # pyarrow's own are these
-        raise EngineError("DATA-FILE", f"{path}: cannot be read as parquet: {' '.join(str(error).split())[:200]}") from error
-
-
-def _groups(file: Any) -> Iterator[tuple[int, int, int]]:
-    """First row, row after the last, and bytes of each row group."""
-    start = 0
-    for number in range(file.metadata.num_row_groups):
-        group = file.metadata.row_group(number)
-        yield start, start + group.num_rows, group.total_byte_size
-        start += group.num_rows
-
-
-def _parquet_spans(path: Path, size: int) -> tuple[int, list[Span]]:
-    spans, start, end, held = [], 0, 0, 0
-    with _parquet(path) as file:
-        for _, end, weight in _groups(file):
-            held += weight
-            if held >= size:
-                spans.append(Span(path, "parquet", start, end, start + 1))
-                start, held = end, 0
-    return end, spans if start == end else [*spans, Span(path, "parquet", start, end, start + 1)]
-
-
-def _parquet_records(span: Span) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-    with _parquet(span.path) as file:
-        for number, (first, end, _) in enumerate(_groups(file)):
-            if end <= span.start or first >= span.end:
-                continue
-            row = first
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS, row_groups=[number], use_threads=False):
-                start, stop = max(0, span.start - row), max(0, min(len(batch), span.end - row))
-                yield from enumerate(_parquet_rows(batch.slice(start, max(0, stop - start))), row + start + 1)
-                row += len(batch)
-
-
-def _parquet_rows(batch: Any) -> list[dict[str, Any] | BadRow]:
-    try:
-        return [_present(row) for row in batch.to_pylist()]
-    except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date that Python has not
-        if len(batch) == 1:
-            return [BadRow(f"a value cannot be read: {error}")]
-        return [found for place in range(len(batch)) for found in _parquet_rows(batch.slice(place, 1))]
-
-
-def _present(value: Any) -> Any:
-    """Without the fields that are null: a table has all fields in all rows."""
-    if isinstance(value, dict):
-        return {key: _present(one) for key, one in value.items() if one is not None}
-    return [_present(one) for one in value] if isinstance(value, list) else value
