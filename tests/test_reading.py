@@ -272,7 +272,7 @@ def test_what_is_no_file_to_read_is_told_at_once(tmp_path, monkeypatch):
             (tmp_path / "pipe.jsonl", "is a pipe, expected a regular file"), ("/dev/zero", "is a device"), (tmp_path / "none.jsonl", "No such file"),
             (tmp_path / "*.nothing", "got none, expected files of that name"), (tmp_path / "empty", "got none, expected files that end in .jsonl"),
             (tmp_path / "rows.jsonl.gz", "is compressed (.gz), which is not read; unpack it"), (tmp_path / "loop", "cannot be read"),
-            (tmp_path / "*.jsonl", "is a pipe"), (tmp_path, "is a pipe"), ("a\0b", "cannot be read"), (tmp_path / "rows.jsonl" / "x", "No such file")):
+            (tmp_path / "*.jsonl", "is a pipe"), (tmp_path, "is a pipe"), ("a\0b", "cannot be read"), ("n" * 5000, "File name too long"), (tmp_path / "rows.jsonl" / "x", "No such file")):
         with pytest.raises(EngineError) as caught:
             expand(pattern)
         assert words in str(caught.value) and caught.value.exit_code == USER, pattern

@@ -6,6 +6,7 @@ into spans, which `records` reads apart from each other, in any process; neither
 
 import glob
 import hashlib
+import os
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -70,27 +71,23 @@ def expand(pattern: str | Path) -> list[Path]:
     Raises:
         EngineError: there is none, or one that cannot be read as it is.
     """
-    path = Path(pattern)
-    if path.is_dir():
-        found = [one for one in path.iterdir() if not one.name.startswith(".") and one.suffix.lower() in (*SUFFIXES, *COMPRESSED) and not one.is_dir()]
-        expected = f"files that end in {', '.join(SUFFIXES)}"
-    elif glob.has_magic(str(pattern)) and not _exists(path):
-        found, expected = [Path(one) for one in glob.glob(str(pattern), recursive=True) if not Path(one).is_dir()], "files of that name"
-    else:
-        found, expected = [path], ""
+    path, expected = Path(pattern), ""
+    try:
+        if os.path.isdir(path):
+            found = [one for one in path.iterdir() if not one.name.startswith(".") and one.suffix.lower() in (*SUFFIXES, *COMPRESSED) and not one.is_dir()]
+            expected = f"files that end in {', '.join(SUFFIXES)}"
+        elif glob.has_magic(str(pattern)) and not os.path.exists(path):
+            found, expected = [Path(one) for one in glob.glob(str(pattern), recursive=True) if not os.path.isdir(one)], "files of that name"
+        else:
+            found = [path]
+    except OSError as error:
+        raise _unreadable(path, error) from error
     if not found:
         raise EngineError("DATA-FILE", f"{pattern}: got none, expected {expected}")
     found = sorted(found, key=str)
     for one in found:
         _check_file(one)
     return found
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):
-        return False
 
 
 def _check_file(path: Path) -> None:
@@ -137,16 +134,17 @@ def survey(path: Path, size: int = SPAN) -> FileSurvey:
                     raise EngineError("DATA-FILE", f"{path}: looks like UTF-16 ({why}); save it as UTF-8")
             data = _Pass(file, head)
             if head.startswith(b"PAR1"):
-                kind, (rows, spans) = "parquet", _row_spans(path, size)
+                kind = "parquet"
                 for _ in data:
                     pass
+                data.lines, spans = _row_spans(path, size)
             elif head.removeprefix(BOM).lstrip(BLANK)[:1] == b"[":
-                kind, rows, spans = "array", None, _array_spans(path, data, size)
+                kind, spans = "array", _array_spans(path, data, size)
             else:
-                kind, rows, spans = "lines", None, _line_spans(path, data, size)
+                kind, spans = "lines", _line_spans(path, data, size)
     except OSError as error:
         raise _unreadable(path, error) from error
-    return FileSurvey(path, data.digest.hexdigest(), data.bytes, data.lines if rows is None else rows, kind, tuple(spans))
+    return FileSurvey(path, data.digest.hexdigest(), data.bytes, data.lines, kind, tuple(spans))
 
 
 class _Pass:
