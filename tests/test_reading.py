@@ -53,7 +53,7 @@ FAULTS = [  # what a line holds, where its fault is, what is said of it
     (rb'{"a": "\x"}', 8, r"Invalid \escape"),
     (rb'{"a": "x\ud800y"}', 9, r"half a character (\ud800, a lone surrogate)"),
     (rb'{"a": "\ud83d\ude00 \\ud800 \uDC00"}', 29, r"half a character (\uDC00"),
-    (rb'{"\ud83d": 1}', 3, "half a character"),
+    (rb'{"\ud83d": 1}', 3, "half a character"), (rb'{"\ud83d": 1, "\ud83d": 2}', 15, 'the key " " is given twice'),
     (b'{"a": 1, "b": 2, "a": 3}', 18, 'the key "a" is given twice'),
     (b'{"b": [{"a": 1, "x": {"a": 1}}, {"a": 1, "\\u0061" : 2}], "a": 3}', 42, 'the key "a" is given twice'),
     (b'{"a": "\\"a\\": 1", "x" : "a", "a": [}', 36, "not JSON: Expecting value"),
@@ -272,7 +272,8 @@ def test_what_is_no_file_to_read_is_told_at_once(tmp_path, monkeypatch):
             (tmp_path / "pipe.jsonl", "is a pipe, expected a regular file"), ("/dev/zero", "is a device"), (tmp_path / "none.jsonl", "No such file"),
             (tmp_path / "*.nothing", "got none, expected files of that name"), (tmp_path / "empty", "got none, expected files that end in .jsonl"),
             (tmp_path / "rows.jsonl.gz", "is compressed (.gz), which is not read; unpack it"), (tmp_path / "loop", "cannot be read"),
-            (tmp_path / "*.jsonl", "is a pipe"), (tmp_path, "is a pipe"), ("a\0b", "cannot be read"), ("n" * 5000, "File name too long"), (tmp_path / "rows.jsonl" / "x", "No such file")):
+            (tmp_path / "*.jsonl", "is a pipe"), (tmp_path, "is a pipe"), ("a\0b", "cannot be read"), ("n" * 5000, "File name too long"),
+            (tmp_path / "rows.jsonl" / "x", "No such file")):
         with pytest.raises(EngineError) as caught:
             expand(pattern)
         assert words in str(caught.value) and caught.value.exit_code == USER, pattern

@@ -5,10 +5,11 @@ with a place. As fast as json.loads on what is right; only faults are searched f
 import json
 import math
 import re
+import sys
 from typing import Any
 
 DEPTH = 256  # brackets within each other
-DIGITS = 4300  # of an integer, as Python itself reads them
+DIGITS = getattr(sys, "get_int_max_str_digits", int)() or 4300  # of an integer, as Python itself reads them
 BLANK = " \t\r\n"
 
 # What a text is made of where it matters: strings, brackets, numbers, the constants that JSON has not. The rest is passed over.
@@ -118,6 +119,6 @@ def _search(text: str, ambiguous: bool) -> None:
 
 
 def shown(value: Any) -> str:
-    """A value as a fault's text has it."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    """A value as a fault's text has it: one line that any terminal can print."""
+    text = "".join(letter if letter.isprintable() else " " for letter in json.dumps(value, ensure_ascii=False, default=str)[:41])
     return text if len(text) <= 40 else f"{text[:40]}…"
