@@ -296,20 +296,22 @@ def test_rows_that_a_template_has_no_place_for_are_refused_by_name(folders):
 
 
 @pytest.mark.parametrize(("own", "kind", "family", "template", "unasked"), OWN, ids=[f"{one[0]}-{one[1]}" for one in OWN])
-def test_the_check_knows_when_they_agree_and_what_would(folders, tmp_path, own, kind, family, template, unasked):
+def test_the_check_knows_when_they_agree_and_what_would(folders, own, kind, family, template, unasked):
     folder, jinja = folders(kind, family), (JINJA / f"{own}.jinja").read_text()
     tokenizer = load_tokenizer(folder)
-    for row in (ROWS[1], ROWS[-1]):
-        rows = str(write_rows(tmp_path / "rows.jsonl", [row]))
+    for row in (a_row(**ROWS[1]), a_row(**ROWS[-1]), Row(1, TALKS[0] * 9)):
         for system in (unasked, "Be brief."):
-            assert difference(jinja, folder, Data(rows, template=template, system=system), tokenizer) is None
-        found = difference(jinja, folder, Data(rows, template="alpaca"), tokenizer)
+            assert difference(jinja, folder, Data(template=template, system=system), tokenizer, row) is None
+        found = difference(jinja, folder, Data(template="alpaca"), tokenizer, row)
         advice = f"data.template={template}" + (f' with data.system="{unasked}"' if unasked else "") + " would be the same"
         if own == "qwen2":
             advice = advice.replace("=qwen", "=chatml")  # with a system prompt they are one
         assert found.endswith(f"; {advice}") and "\n" not in found
+    for talk in [*TOOLS, TALKATIVE] if template in ("qwen", "qwen3", "llama3.1") and own != "qwen2" else []:
+        if template != "llama3.1" or talk is not TALKATIVE:
+            assert difference(jinja, folder, Data(template=template), tokenizer, Row(1, (Message("system", "Be brief."), *talk))) is None
     for changed in (f"Z{jinja}", f"{jinja}{{% if not add_generation_prompt %}}Z{{% endif %}}"):
-        found = difference(changed, folder, Data(rows, template=template, system=unasked), tokenizer)
+        found = difference(changed, folder, Data(template=template, system=unasked), tokenizer, row)
         assert found.endswith("none of ours would be the same") and "Z" in found.split("where its own has")[1]
 
 
@@ -507,14 +509,14 @@ def test_what_templates_of_transformers_may_use_and_no_clock():
         render("{{ strftime_now('%Y') }}", [{"messages": []}])
 
 
-def test_the_check_is_quick(folders, tmp_path):
-    rows = str(write_rows(tmp_path / "rows.jsonl", [{"instruction": "红 猫 " * 50_000, "input": "", "output": "b " * 50_000}]))
+def test_the_check_is_quick(folders):
+    row = Row(1, (U("红 猫 " * 50_000), A("b " * 50_000)) * 500)
     folder, jinja = folders("bpe", "chatml"), (JINJA / "smollm2.jinja").read_text()
     tokenizer = load_tokenizer(folder)
 
     def seconds() -> float:
         began = time.perf_counter()
-        assert difference(jinja, folder, Data(rows, template="alpaca"), tokenizer)
+        assert difference(jinja, folder, Data(template="alpaca"), tokenizer, row)
         return time.perf_counter() - began
 
     assert min(seconds() for _ in range(3)) < 0.3
