@@ -171,13 +171,13 @@ def _calls(calls: Any, name: str) -> tuple[dict[str, Any], ...]:
             try:
                 arguments = parse(arguments, "an object") if arguments.strip() else {}
             except BadRow as error:
-                raise BadRow(f'{name}"tool_calls": the arguments of {call["name"]}, character {error.column}: {error.reason}') from None
+                raise BadRow(f'{name}"tool_calls": the arguments of {shown(call["name"])}, character {error.column}: {error.reason}') from None
         if not isinstance(arguments, dict):
-            raise BadRow(f'{name}"tool_calls": the arguments of {call["name"]}: got {shown(arguments)}, expected an object')
+            raise BadRow(f'{name}"tool_calls": the arguments of {shown(call["name"])}: got {shown(arguments)}, expected an object')
         try:
             json.dumps(arguments, allow_nan=False)
         except (TypeError, ValueError) as error:  # what columns of other files than JSON may hold
-            raise BadRow(f'{name}"tool_calls": the arguments of {call["name"]} cannot be written as JSON: {error}') from None
+            raise BadRow(f'{name}"tool_calls": the arguments of {shown(call["name"])} cannot be written as JSON: {error}') from None
         found.append({"name": call["name"], "arguments": arguments})
     return tuple(found)
 
