@@ -15,12 +15,12 @@ from conftest import ROOT, ragged_rows, write_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engine import train
 from engine.config import Data
 from engine.data import build, dataset, ledger
 from engine.data.loader import Loader
 from engine.data.plan import Plan
 from engine.data.tokenizer import load_tokenizer
-from engine import train
 from engine.errors import BUG, CHECKPOINT, EngineError
 
 
@@ -184,12 +184,14 @@ def test_a_directory_and_a_glob_are_sources(load, tmp_path, capsys):
        global_batch=st.integers(1, 7), epochs=st.integers(1, 3), cuts=st.lists(st.integers(0, 60), max_size=3), packing=st.booleans(),
        repeat=st.integers(1, 2), bad=st.integers(0, 2))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_the_ledger_balances_for_any_lengths_ranks_resumes_and_epochs(tiny, tmp_path, lengths, too_long, size, global_batch, epochs, cuts, packing, repeat, bad):
+def test_the_ledger_balances_for_any_lengths_ranks_resumes_and_epochs(tiny, tmp_path, lengths, too_long, size, global_batch, epochs, cuts, packing,
+                                                                      repeat, bad):
     """Rows trained as ranks count them, launch after launch, are the rows that the plan says; each lies in the file with its fate."""
     path = tmp_path / "ledger.jsonl"
     rows = [{"instruction": "cat " * (length // 3), "output": "dog " * (length - length // 3)} for length in lengths]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{}\n" * bad)
-    cfg = Data(train=[{"path": str(path), "repeat": repeat}], max_length=48, too_long=too_long, on_bad_row="skip", packing=packing, cache=str(tmp_path / "cache"))
+    cfg = Data(train=[{"path": str(path), "repeat": repeat}], max_length=48, too_long=too_long, on_bad_row="skip", packing=packing,
+               cache=str(tmp_path / "cache"))
     try:
         found = dataset.load(cfg, "train", load_tokenizer(tiny))
     except EngineError as error:
@@ -281,7 +283,8 @@ def test_memory_grows_by_little_more_than_the_facts_of_rows(tiny, tmp_path):
     costs = []
     for count in (20_000, 80_000):
         path = write_rows(tmp_path / f"{count}.jsonl", ragged_rows(1000) * (count // 1000))
-        done = subprocess.run([sys.executable, "-c", MEASURE, str(path), str(tmp_path / "cache"), str(tiny)], cwd=ROOT, capture_output=True, text=True, check=True)
+        command = [sys.executable, "-c", MEASURE, str(path), str(tmp_path / "cache"), str(tiny)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         costs.append(json.loads(done.stdout))
     (few, base, peak_of_few), (many, _, peak_of_many) = costs
     a_million = (peak_of_many - peak_of_few) / (many - few) * 1e6

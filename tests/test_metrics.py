@@ -123,7 +123,8 @@ def test_losses_and_shares_by_source_add_up_to_the_whole(recipe, trained, tiny, 
         assert weighed == pytest.approx(line["train/loss"], rel=1e-6) and line["train/targets"] * line["train/share/a"] == pytest.approx(
             round(line["train/targets"] * line["train/share/a"]), abs=1e-6)
     rows = load_dataset(f"{tmp_path}/b.jsonl", load_tokenizer(tiny), "llama2", 96, "error", tmp_path / "cache", format="messages")
-    counts = {"chats": int(rows.targets.sum()), "a": int(load_dataset(tmp_path / "a.jsonl", load_tokenizer(tiny), "llama2", 96, "error", tmp_path).targets.sum())}
+    plain = load_dataset(tmp_path / "a.jsonl", load_tokenizer(tiny), "llama2", 96, "error", tmp_path / "cache")
+    counts = {"chats": int(rows.targets.sum()), "a": int(plain.targets.sum())}
     for line in (line for line in lines if "validation/loss" in line):
         weighed = sum(line[f"validation/loss/{name}"] * count for name, count in counts.items()) / sum(counts.values())
         assert weighed == pytest.approx(line["validation/loss"], rel=1e-6)

@@ -15,7 +15,6 @@ from typing import Any
 
 from engine.config import Data
 from engine.data.formats import BadRow, Message, Row
-from engine.data.reading import read_rows
 from engine.data.template import TEMPLATES, question
 from engine.data.tokenizer import Tokenizer, prompt_ids, read_json, tokenise
 from engine.errors import SECURITY, EngineError
@@ -71,12 +70,12 @@ def _refused(why: str) -> EngineError:
     return EngineError("TEMPLATE-REFUSED", f"the model's own chat template is not safe to render: {why}", SECURITY)
 
 
-def check(folder: Path, data: Data, tokenizer: Tokenizer) -> None:
-    """Says in one line on standard error where the first row's ids are not those that the model's own chat template gives,
-    and what would give them. Never stops a run."""
+def check(folder: Path, data: Data, tokenizer: Tokenizer, row: Row | None) -> None:
+    """Says in one line on standard error where a row's ids are not those that the model's own chat template gives, and what
+    would give them. Never stops a run."""
     try:
         template = own_template(folder)
-        if template is not None and (found := difference(template, folder, data, tokenizer, next(read_rows(Path(data.train))))):
+        if row and template is not None and (found := difference(template, folder, data, tokenizer, row)):
             print(f"WARNING {found}", file=sys.stderr)
     except BadRow:  # the template has no place for it; tokenising says so
         pass

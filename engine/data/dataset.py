@@ -11,6 +11,7 @@ import mmap
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -22,8 +23,9 @@ import numpy as np
 from engine.config import Data, Source
 from engine.data import build
 from engine.data.build import Job
+from engine.data.formats import FORMATS, BadRow, Row
 from engine.data.plan import shuffled
-from engine.data.reading import SPAN, FileSurvey, Span, expand, survey
+from engine.data.reading import SPAN, FileSurvey, Span, expand, records, survey
 from engine.data.tokenizer import Tokenizer
 from engine.dropout import mix
 from engine.errors import EngineError
@@ -213,6 +215,17 @@ def load(cfg: Data, of: str, tokenizer: Tokenizer, seed: int = 0, strict: bool =
     return replace(found, digest=hashlib.sha256(json.dumps(how).encode()).hexdigest())
 
 
+def first_row(cfg: Data) -> Row | None:
+    """The first training row that can be read."""
+    source = cfg.sources("train")[0]
+    for span in known_survey(expand(source.path)[0], Path(cfg.cache)).spans:
+        for line, record in records(span):
+            with suppress(BadRow):
+                if not isinstance(record, BadRow):
+                    return FORMATS[source.format](record, line)
+    return None
+
+
 def known_survey(path: Path, cache: Path) -> FileSurvey:
     """`survey`, from the cache where the file is as it was by size, times and inode: a second run reads no text."""
     status = path.stat()
@@ -280,7 +293,8 @@ def _documents(files: list[File], sources: list[Source], rows: np.ndarray, tasks
         order = np.argsort(row, kind="stable")
         found = replace(found, row=row[order], start=start[order], lengths=lengths[order], targets=targets[order])
     if not len(found):
-        raise EngineError("DATA-EMPTY", f"data.{of}: none of {sum(file.kept + file.rejected for file in files):,} rows can be trained on: {_first_reason(found)}")
+        records = sum(file.index["records"] for file in files)
+        raise EngineError("DATA-EMPTY", f"data.{of}: none of {records:,} rows can be trained on: {_first_reason(found)}")
     source_of_rows = found.source_of_rows()
     times = _times(source_of_rows, np.isin(fates, KEPT), sources, seed)
     passes = np.concatenate([np.flatnonzero(times[found.row] > number) for number in range(times.max())])
