@@ -126,7 +126,7 @@ def test_bad_rows_are_errors_that_name_all_of_them_or_are_listed(load, tmp_path)
     found = load(str(path), on_bad_row="skip")
     entry = ledger.account(found)["files"][0]
     assert (entry["records"], entry["rejected"], entry["rows"], entry["kept"]) == (4, 2, 2, 2)
-    assert [one["row"] for one in ledger.left_out(found)] == [f"{path}:2", f"{path}:4:2"] and [found.where(row) for row in (0, 1)] == [f"{path}:1", f"{path}:5"]
+    assert [one["row"] for one in ledger.left_out(found)] == [f"{path}:2:17", f"{path}:4:2"] and [found.where(row) for row in (0, 1)] == [f"{path}:1", f"{path}:5"]
 
 
 def long_rows(tmp_path) -> Path:

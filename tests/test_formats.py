@@ -116,5 +116,26 @@ def test_a_file_of_one_format_with_a_record_of_another_is_refused_by_line(tmp_pa
     path = write_rows(tmp_path / "rows.jsonl", [said("user", "assistant"), {"instruction": "a", "output": "b"}])
     with pytest.raises(EngineError) as caught:
         list(read_rows(path, "messages"))
-    assert f'{path}:2: "messages": got no such field; the record looks like format alpaca' in str(caught.value)
+    assert f'{path}:2:1: "messages": got no such field; the record looks like format alpaca' in str(caught.value)
     assert json.loads(path.read_text().splitlines()[0]) == said("user", "assistant")
+
+
+@pytest.mark.parametrize(("format", "line", "column", "words"), [
+    ("alpaca", '{"instruction": "a", "output": 5}', 32, '"output": got 5, expected text'),
+    ("alpaca", '  {"output" :\t"b"}', 3, '"instruction": got no such field'),  # the object that lacks it
+    ("alpaca", '{"instruction": "猫", "output": " "}', 32, "the answer (message 2 of 2) is empty"),
+    ("completion", '{"x": [1, {"prompt": 2}], "prompt": "a", "completion": null}', 56, '"completion": got null'),
+    ("sharegpt", '{"conversations": [{"from": "human", "value": "a"}, {"from": "ai", "value": "b"}]}', 62, '"conversations" 2: "from": got "ai"'),
+    ("messages", '{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}', 49, "message 2 of 2 has the role user"),
+    ("messages", '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "train": 1}]}', 96, '"messages" 2: "train": got 1'),
+    ("messages", '{"messages": []}', 14, "the conversation ends with nothing before"),
+    ("text", '{"\\u0074ext": ["a"]}', 15, '"text": got ["a"]'),
+])
+def test_a_fault_of_a_field_is_named_with_its_column(tmp_path, format, line, column, words):
+    """The same in JSON Lines and within an array that stands over several lines."""
+    path = tmp_path / "rows.jsonl"
+    for text, place in ((f"\n{line}\n", f"2:{column}"), (f"[\n   {line.strip()}\n]", f"2:{column + 3 - (len(line) - len(line.strip()))}")):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(EngineError) as caught:
+            list(read_rows(path, format))
+        assert caught.value.text.startswith(f"{path}:{place}: {words}"), caught.value.text

@@ -243,7 +243,7 @@ def test_a_record_over_the_limit_is_passed_over_in_blocks(tmp_path, array):
         tracemalloc.stop()
     told = "the record is over 16 MiB; shorten or split it"
     assert [line for line, _ in seen] == [1, 2, 3, 4, 5] and [seen[2][1], seen[3][1]] == [told, told] and [seen[0][1], seen[1][1], seen[4][1]] == [2, 1, 2]
-    assert peak < 3.5 * reading.MAX_RECORD, "never all of the 100 MiB"
+    assert peak < 4 * reading.MAX_RECORD, "never all of the 100 MiB, and of what is read bytes, text and values, beside the record before"
 
 
 # ---- Which files ---------------------------------------------------------------------------------------------------------

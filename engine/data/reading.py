@@ -17,7 +17,7 @@ import numpy as np
 
 from engine.data import parquet
 from engine.data.formats import FORMATS, BadRow, Row
-from engine.data.strict import parse
+from engine.data.strict import locate, parse
 from engine.errors import EngineError
 
 BLOCK = 1 << 20  # bytes read at once
@@ -223,7 +223,7 @@ def _first_fault(spans: Iterable[Span]) -> str:
     for span in spans:
         for line, found in records(span):
             if isinstance(found, BadRow):
-                return f". The first fault: {row_error(span.path, line, found).text}"
+                return f". The first fault: {row_error(span.path, line, found.column, found.reason).text}"
     return ""
 
 
@@ -336,11 +336,10 @@ def _element(piece: bytes | None, line: int, column: int) -> tuple[int, dict[str
     """Line and content of what begins at `line` and `column`. A fault's line is its own, which may not be the element's first."""
     if piece is None:
         return line, _too_long(column)
-    found = _parsed(piece, "an object")
+    found = _parsed(piece, "an object", column)
     if isinstance(found, BadRow):
-        before = piece.decode(errors="replace")[: found.column - 1]
-        found.column += column - 1 if "\n" not in before else -before.rindex("\n") - 1
-        line += before.count("\n")
+        down, found.column = _position(piece.decode(errors="replace"), found.column, column)
+        line += down
     return line, found
 
 
@@ -376,7 +375,29 @@ def _too_long(column: int = 1) -> BadRow:
     return BadRow(f"the record is over {MAX_RECORD >> 20} MiB; shorten or split it", column)
 
 
-def _parsed(piece: bytes, what: str = "one object a line") -> dict[str, Any] | BadRow:
+class Record(dict):
+    """A record with the bytes it was read from, which begin at `column` of their line."""
+
+    read_from: bytes
+    column: int
+
+
+def position(record: Any, line: int, found: BadRow) -> tuple[int, int | None]:
+    """Line and column of a fault that a format found in a record; of parquet the row, and no column."""
+    if not isinstance(record, Record):
+        return line, found.column
+    text = record.read_from.decode()
+    down, column = _position(text, locate(text, found.path), record.column)
+    return line + down, column
+
+
+def _position(text: str, column: int, first_column: int) -> tuple[int, int]:
+    """Lines further down, and the column there, of a character of a text that begins at `first_column` of its line."""
+    before = text[: column - 1]
+    return before.count("\n"), column + (first_column - 1 if "\n" not in before else -before.rindex("\n") - 1)
+
+
+def _parsed(piece: bytes, what: str = "one object a line", column: int = 1) -> dict[str, Any] | BadRow:
     try:
         value = parse(piece.decode(), what)
     except UnicodeDecodeError as error:
@@ -385,14 +406,16 @@ def _parsed(piece: bytes, what: str = "one object a line") -> dict[str, Any] | B
     except BadRow as error:
         return error.with_traceback(None)  # it would hold on to the text
     if isinstance(value, dict):
-        return value
+        record = Record(value)
+        record.read_from, record.column = piece, column
+        return record
     kind = {list: "a list", str: "text", bool: "true or false", type(None): "null"}.get(type(value), "a number")
     return BadRow(f"got {kind}, expected an object", len(piece) - len(piece.lstrip(BLANK)) + 1)
 
 
-def row_error(path: Path, line: int, found: BadRow) -> EngineError:
+def row_error(path: Path, line: int, column: int | None, reason: str) -> EngineError:
     """A bad row as an error of the run."""
-    return EngineError("DATA-ROW", f"{path}:{line}{f':{found.column}' if found.column else ''}: {found.reason}")
+    return EngineError("DATA-ROW", f"{path}:{line}{f':{column}' if column else ''}: {reason}")
 
 
 def read_rows(path: Path, format: str = "alpaca", answered: bool = True) -> Iterator[Row]:
@@ -414,7 +437,7 @@ def read_rows(path: Path, format: str = "alpaca", answered: bool = True) -> Iter
                     raise found
                 row = FORMATS[format](found, line, answered)
             except BadRow as error:
-                raise row_error(path, line, error) from None
+                raise row_error(path, *position(found, line, error), error.reason) from None
             yield row
     if empty:
         raise EngineError("DATA-EMPTY", f"{path}: holds no row; expected JSON objects, one a line")

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 DEPTH = 256  # brackets within each other
@@ -20,11 +21,15 @@ _ESCAPE = re.compile(r"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F
 
 
 class BadRow(Exception):
-    """A record that cannot be trained on. `column`: where, in characters from 1, where that is known; who reads knows the line."""
+    """A record that cannot be trained on. Who reads knows the line.
 
-    def __init__(self, reason: str, column: int | None = None) -> None:
+    column   where, in characters from 1, for text that is no record
+    path     which value of a record is at fault, as keys and indices: ("messages", 1, "content")
+    """
+
+    def __init__(self, reason: str, column: int | None = None, path: tuple[str | int, ...] = ()) -> None:
         super().__init__(reason)
-        self.reason, self.column = reason, column
+        self.reason, self.column, self.path = reason, column, path
 
 
 class _Ambiguous(ValueError):
@@ -80,6 +85,34 @@ def parse(text: str, what: str = "one object a line") -> Any:
             if escape[1]:
                 raise BadRow(f"half a character ({escape[0]}, a lone surrogate); expected whole ones", escape.start() + 1)
     return value
+
+
+def locate(text: str, path: Sequence[str | int]) -> int:
+    """The column, from 1, of the value at `path` in a text that `parse` took; of what should hold it, where it is not there."""
+
+    def skip(at: int, letters: str = BLANK) -> int:
+        while text[at] in letters:
+            at += 1
+        return at
+
+    at = skip(0)
+    for part in path:
+        opening, found, at_inner = text[at], None, at + 1
+        number = 0
+        while opening in "{[" and text[at_inner := skip(at_inner, BLANK + ",")] not in "}]":
+            key: str | int = number
+            if opening == "{":
+                key, at_inner = json.decoder.scanstring(text, at_inner + 1)
+                at_inner = skip(at_inner, BLANK + ":")
+            if key == part:
+                found = at_inner
+                break
+            _, at_inner = _DECODER.raw_decode(text, at_inner)
+            number += 1
+        if found is None:
+            break
+        at = found
+    return at + 1
 
 
 def _reason(text: str, error: json.JSONDecodeError, what: str) -> str:
