@@ -165,7 +165,7 @@ class _Shards:
 
     def read(self, shard: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         if self.maps[shard] is None:
-            self.maps[shard] = tuple(np.load(f"{self.paths[shard]}.{kind}.npy", mmap_mode="r") for kind in ("tokens", "supervised"))
+            self.maps[shard] = (_mapped(f"{self.paths[shard]}.tokens.npy", np.int32), _mapped(f"{self.paths[shard]}.supervised.npy", bool))
         tokens, supervised = self.maps[shard]
         found = np.array(tokens[begin:end]), np.array(supervised[begin:end])
         self.read_bytes += 4096 * 16 + 5 * (end - begin)  # the kernel maps sixteen pages around each that is touched
@@ -179,6 +179,13 @@ class _Shards:
         for arrays in filter(None, self.maps):
             for array in arrays:
                 array._mmap.madvise(mmap.MADV_DONTNEED)
+
+
+def _mapped(path: str, dtype: type) -> np.ndarray:
+    """An array of a .npy file. np.load parses the header as Python, which CPython 3.11 fails at now and then in two threads at once."""
+    with open(path, "rb") as file:
+        header = int.from_bytes(file.read(10)[8:], "little")
+    return np.memmap(path, dtype, mode="r", offset=10 + header)
 
 
 def load(cfg: Data, of: str, tokenizer: Tokenizer, seed: int = 0, strict: bool = True) -> Dataset | None:
