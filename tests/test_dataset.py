@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from engine import train
 from engine.config import Data
-from engine.data import build, dataset, ledger
+from engine.data import build, cache, dataset, ledger
 from engine.data.loader import Loader
 from engine.data.plan import Plan
 from engine.data.tokenizer import load_tokenizer
@@ -40,7 +40,7 @@ def rows_of(found: dataset.Dataset) -> list[tuple]:
 def test_processes_and_spans_change_nothing(load, tmp_path, monkeypatch):
     path = write_rows(tmp_path / "rows.jsonl", [{**row, "task": f"t{i % 3}"} for i, row in enumerate(ragged_rows(3000))])
     whole = load(str(path))
-    monkeypatch.setattr("engine.data.dataset.SPAN_BYTES", 10_000)
+    monkeypatch.setattr("engine.data.cache.SPAN_BYTES", 10_000)
     monkeypatch.setattr(build, "WORKER_BYTES", 1000)
     parts = load(str(path), cache=str(tmp_path / "other"), workers=3)
     assert len(parts.files[0].index["spans"]) > 10 and len(whole.files[0].index["spans"]) == 1
@@ -52,7 +52,7 @@ def test_the_second_run_reads_no_text(load, tmp_path, monkeypatch):
     path = write_rows(tmp_path / "rows.jsonl", ragged_rows(9))
     os.utime(path, (1e9, 1e9))  # a file that has rested; one just written is looked at again
     first = load(str(path))
-    monkeypatch.setattr(dataset, "survey", lambda path: pytest.fail("the text was read"))
+    monkeypatch.setattr(cache, "survey", lambda *_: pytest.fail("the text was read"))
     monkeypatch.setattr(build, "build", lambda *_: pytest.fail("the text was tokenised"))
     again = load(str(path), max_length=40, too_long="truncate")
     assert again.digest != first.digest and rows_of(load(str(path))) == rows_of(first) and load(str(path)).digest == first.digest
@@ -107,7 +107,7 @@ def test_a_file_that_changes_under_the_reader_is_refused(load, tmp_path, monkeyp
 
 def test_a_worker_that_dies_is_told(load, tmp_path, monkeypatch):
     path = write_rows(tmp_path / "rows.jsonl", ragged_rows(3000))
-    monkeypatch.setattr("engine.data.dataset.SPAN_BYTES", 10_000)
+    monkeypatch.setattr("engine.data.cache.SPAN_BYTES", 10_000)
     monkeypatch.setattr(build, "WORKER_BYTES", 1000)
     monkeypatch.setattr(build.sys, "executable", "false")
     with pytest.raises(EngineError, match="rows.jsonl: the process that tokenised it ended with exit code 1"):
@@ -126,7 +126,8 @@ def test_bad_rows_are_errors_that_name_all_of_them_or_are_listed(load, tmp_path)
     found = load(str(path), on_bad_row="skip")
     entry = ledger.account(found)["files"][0]
     assert (entry["records"], entry["rejected"], entry["rows"], entry["kept"]) == (4, 2, 2, 2)
-    assert [one["row"] for one in ledger.left_out(found)] == [f"{path}:2:17", f"{path}:4:2"] and [found.where(row) for row in (0, 1)] == [f"{path}:1", f"{path}:5"]
+    assert [one["row"] for one in ledger.left_out(found)] == [f"{path}:2:17", f"{path}:4:2"]
+    assert [found.where(row) for row in (0, 1)] == [f"{path}:1", f"{path}:5"]
 
 
 def long_rows(tmp_path) -> Path:
@@ -226,7 +227,7 @@ def test_rows_that_change_under_a_run_change_nothing_in_it_and_are_refused_after
     from engine import metrics
 
     path = tmp_path / "rows.jsonl"
-    before = dataset.survey(path).sha256
+    before = cache.survey(path).sha256
     changed = metrics.Log.step
 
     def change(self, number, scalars):
@@ -240,7 +241,7 @@ def test_rows_that_change_under_a_run_change_nothing_in_it_and_are_refused_after
 
     assert ranks(1, run).wait() == [75]
     ledger_found = json.loads((tmp_path / "runs/run/ledger.json").read_text())["train"]
-    assert ledger_found["files"][0]["sha256"] == before and ledger_found["files"][0]["records"] == 23 and dataset.survey(path).lines == 24
+    assert ledger_found["files"][0]["sha256"] == before and ledger_found["files"][0]["records"] == 23 and cache.survey(path).lines == 24
     with pytest.raises(EngineError, match="data: .* → ") as caught:
         train.main(recipe())
     assert caught.value.exit_code == CHECKPOINT

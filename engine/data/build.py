@@ -25,9 +25,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from tqdm import tqdm
@@ -35,11 +34,12 @@ from tqdm import tqdm
 from engine.data.formats import FORMATS, BadRow, Row
 from engine.data.reading import FileSurvey, Span, position, records
 from engine.data.template import TEMPLATES
-from engine.data.tokenizer import Tokenizer, learnt, load_tokenizer, tokenise
+from engine.data.tokenizer import Tokenizer, Tokens, learnt, load_tokenizer, tokenise
 from engine.errors import EngineError
 
 VERSION = 3  # of the arrays' meaning and of the code that makes them; a change makes old caches strangers
-BATCH = 1024  # rows tokenised in one call
+FIRST_BYTES = 64 << 10  # of a first row that is kept as text, for templates to be compared on
+BATCH, BATCH_BYTES = 1024, 4 << 20  # rows tokenised in one call, about, and their bytes
 WORKER_BYTES = 1 << 20  # of text that are worth a process of their own, which takes a third of a second to start
 
 # A row's facts. `answer`: where its last answer's first token is, -1 for plain text. The hashes are of all ids and of those before the answer.
@@ -146,67 +146,81 @@ class _Worker:
 
 def write_span(folder: Path, number: int, span: Span, job: Job, tokenizer: Tokenizer) -> dict[str, Any]:
     """Writes a span's arrays; returns its counts: every record is kept or rejected."""
-    name = re.compile("|".join(map(re.escape, sorted(tokenizer.specials(), key=len, reverse=True))) or "(?!)")
-    found = {"records": 0, "rejected": 0, "highest": -1}
+    names = re.compile("|".join(map(re.escape, sorted(tokenizer.specials(), key=len, reverse=True))) or "(?!)")
+    found: dict[str, Any] = {"records": 0, "rejected": 0, "highest": -1, "ignored": Counter(), "first": None}
     tasks: dict[str, int] = {}
-    ignored: Counter[str] = Counter()
-    read, write = FORMATS[job.format], TEMPLATES[job.template]
-    ids, supervised, all_facts = [np.empty(0, np.int32)], [np.empty(0, bool)], [np.empty(0, ROW)]
+    ids, supervised, facts = [np.empty(0, np.int32)], [np.empty(0, bool)], [np.empty(0, ROW)]
     with (folder / f"{number:05d}.rejected.jsonl").open("w", encoding="utf-8") as rejected:
+        for batch in _batches(records(span)):
+            if rows := list(_accepted(batch, job, found, rejected)):
+                tokens = tokenise(rows, job.template, job.system, job.supervise, tokenizer)
+                ids.append(tokens.ids)
+                supervised.append(tokens.supervised)
+                facts.append(_facts(rows, tokens, tasks, names, tokenizer))
+                found["highest"] = max(found["highest"], int(tokens.ids.max()))
+    for kind, parts in (("tokens", ids), ("supervised", supervised), ("rows", facts)):
+        np.save(folder / f"{number:05d}.{kind}.npy", np.concatenate(parts))
+    return {**found, "rows": sum(map(len, facts)), "tasks": list(tasks)}
 
-        def reject(record: Any, line: int, bad: BadRow) -> None:
+
+def _accepted(batch: list[tuple[int, Any]], job: Job, found: dict[str, Any], rejected: TextIO) -> Iterator[Row]:
+    """The rows of records; what is none goes to `rejected`, and either is counted."""
+    read, write = FORMATS[job.format], TEMPLATES[job.template]
+    for line, record in batch:
+        found["records"] += 1
+        try:
+            if isinstance(record, BadRow):
+                raise record
+            row = read(record, line)
+            write.check(row)
+            if not any(learnt(row, job.supervise)):
+                raise BadRow("no message is learnt; there is nothing to train on")
+        except BadRow as bad:
             found["rejected"] += 1
             line, column = position(record, line, bad)
             print(json.dumps({"line": line, "column": column, "reason": bad.reason}, ensure_ascii=False), file=rejected)
+            continue
+        found["ignored"].update(read.ignored(record))
+        if found["first"] is None:
+            text = json.dumps(record, default=str)
+            found["first"] = {"line": line, "record": json.loads(text)} if len(text) <= FIRST_BYTES else {}
+        yield row
 
-        for batch in _batches(records(span), BATCH):
-            rows: list[Row] = []
-            for line, record in batch:
-                found["records"] += 1
-                try:
-                    if isinstance(record, BadRow):
-                        raise record
-                    row = read(record, line)
-                    write.check(row)
-                    if not any(learnt(row, job.supervise)):
-                        raise BadRow("no message is learnt; there is nothing to train on")
-                    rows.append(row)
-                    ignored.update(read.ignored(record))
-                except BadRow as bad:
-                    reject(record, line, bad)
-            if not rows:
-                continue
-            tokens = tokenise(rows, job.template, job.system, job.supervise, tokenizer)
-            facts = np.zeros(len(rows), ROW)
-            facts["length"], facts["answer"] = tokens.lengths, tokens.answers
-            facts["line"] = [row.line for row in rows]
-            facts["task"] = [tasks.setdefault(row.task, len(tasks)) for row in rows]
-            starts = np.cumsum(tokens.lengths) - tokens.lengths
-            facts["targets"] = np.add.reduceat(tokens.supervised, starts, dtype=np.int64)
-            facts["flags"] |= HOLDS_CONTROL * tokens.invaded.astype(np.uint16)
-            if tokenizer.prefix:
-                second = tokens.ids[np.minimum(starts + 1, len(tokens.ids) - 1)] == tokenizer.prefix[0]
-                facts["flags"] |= DOUBLE_BOS * (second & (tokens.lengths > 1)).astype(np.uint16)
-            facts["flags"] |= np.array([NAMES_CONTROL * any(name.search(message.content) or name.search(message.input) for message in row.messages)
-                                        for row in rows], dtype=np.uint16)
-            for place, (start, length, answer) in enumerate(zip(starts.tolist(), tokens.lengths.tolist(), tokens.answers.tolist(), strict=True)):
-                facts["all"][place] = _hash(tokens.ids[start : start + length])
-                facts["prompt"][place] = _hash(tokens.ids[start : start + answer]) if answer >= 0 else facts["all"][place]
-            found["highest"] = max(found["highest"], int(tokens.ids.max()))
-            ids.append(tokens.ids)
-            supervised.append(tokens.supervised)
-            all_facts.append(facts)
-    for kind, parts in (("tokens", ids), ("supervised", supervised), ("rows", all_facts)):
-        np.save(folder / f"{number:05d}.{kind}.npy", np.concatenate(parts))
-    return {**found, "rows": sum(map(len, all_facts)), "tasks": list(tasks), "ignored": ignored}
+
+def _facts(rows: list[Row], tokens: Tokens, tasks: dict[str, int], names: re.Pattern[str], tokenizer: Tokenizer) -> np.ndarray:
+    """Records of ROW. `names`: of control tokens; `tasks`: numbers of those seen, which grows."""
+    facts = np.zeros(len(rows), ROW)
+    ends = np.cumsum(tokens.lengths)
+    starts = ends - tokens.lengths
+    facts["length"], facts["answer"] = tokens.lengths, tokens.answers
+    facts["targets"] = np.add.reduceat(tokens.supervised, starts, dtype=np.int64)
+    facts["line"] = [row.line for row in rows]
+    facts["task"] = [tasks.setdefault(row.task, len(tasks)) for row in rows]
+    named = [any(names.search(message.content) or names.search(message.input) for message in row.messages) for row in rows]
+    second = tokens.ids[np.minimum(starts + 1, ends - 1)]
+    doubled = (second == tokenizer.prefix[0]) & (tokens.lengths > 1) if tokenizer.prefix else np.zeros(len(rows), bool)
+    for flag, holds in ((NAMES_CONTROL, np.array(named)), (HOLDS_CONTROL, tokens.invaded), (DOUBLE_BOS, doubled)):
+        facts["flags"] |= (flag * holds).astype(np.uint16)
+    places = np.where(tokens.answers < 0, ends, starts + tokens.answers)
+    facts["all"] = [_hash(tokens.ids[start:end]) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+    facts["prompt"] = [_hash(tokens.ids[start:end]) for start, end in zip(starts.tolist(), places.tolist(), strict=True)]
+    return facts
 
 
 def _hash(ids: np.ndarray) -> int:
     return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "little")
 
 
-def _batches(items: Iterator, size: int) -> Iterator[list]:
-    while batch := list(islice(items, size)):
+def _batches(items: Iterator[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]:
+    """Records to tokenise together: so many, or of so many bytes."""
+    batch, size = [], 0
+    for line, record in items:
+        batch.append((line, record))
+        size += len(getattr(record, "read_from", b""))
+        if len(batch) == BATCH or size > BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
         yield batch
 
 

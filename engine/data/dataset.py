@@ -7,11 +7,7 @@ documents, the ledger knows rows.
 
 import hashlib
 import json
-import mmap
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -23,45 +19,18 @@ import numpy as np
 from engine.config import Data, Source
 from engine.data import build
 from engine.data.build import Job
-from engine.data.formats import FORMATS, BadRow, Row
+from engine.data.cache import File, Shards, tokenised
+from engine.data.formats import FORMATS, Row
 from engine.data.plan import shuffled
-from engine.data.reading import SPAN, FileSurvey, Span, expand, records, survey
+from engine.data.reading import expand
 from engine.data.tokenizer import Tokenizer
 from engine.dropout import mix
 from engine.errors import EngineError
-from engine.publish import built_once, published
 
-SPANS, SPAN_BYTES = 64, 512 << 10  # spans of a file, about, and the least bytes of one; large files have more, of reading.SPAN
-RELEASED_BYTES = 16 << 20  # of mapped arrays read before their pages are given back
 NAMED = 5  # rows that an error names
 
 WHOLE, TRUNCATED, SPLIT, TOO_LONG, SILENT = range(5)  # fates; SILENT: no supervised token is left within max_length
 KEPT = (WHOLE, TRUNCATED, SPLIT)
-
-
-@dataclass(frozen=True)
-class File:
-    """A file of rows and its arrays in the cache."""
-
-    path: Path
-    source: int
-    index: dict[str, Any]
-    folder: Path
-
-    @property
-    def kept(self) -> int:
-        return sum(span["rows"] for span in self.index["spans"])
-
-    @property
-    def rejected(self) -> int:
-        return sum(span["rejected"] for span in self.index["spans"])
-
-    def rejects(self) -> Iterator[tuple[int, int | None, str]]:
-        """(line, column or None, reason) of each record that could not be read."""
-        for number, span in enumerate(self.index["spans"]):
-            if span["rejected"]:
-                with (self.folder / f"{number:05d}.rejected.jsonl").open(encoding="utf-8") as file:
-                    yield from (tuple(json.loads(line).values()) for line in file)
 
 
 @dataclass(frozen=True)
@@ -124,6 +93,12 @@ class Dataset:
         found = {name: int((self.fates == fate).sum()) for name, fate in fates.items()} | {"unreadable": sum(file.rejected for file in self.files)}
         return "; ".join(parts) + "".join(f", {count:,} {name}" for name, count in found.items() if count)
 
+    def first_row(self) -> Row | None:
+        """The text of the first row, where the cache kept it."""
+        file = self.files[0]
+        first = next((span["first"] for span in file.index["spans"] if span["rows"]), None)
+        return FORMATS[self.sources[file.source].format](first["record"], first["line"]) if first else None
+
     def where(self, row: int) -> str:
         """path:line of a row."""
         file = int(np.searchsorted(self._first_row_of_file, row, "right")) - 1
@@ -145,47 +120,8 @@ class Dataset:
         return np.cumsum([0, *(file.kept for file in self.files)])[:-1]
 
     @cached_property
-    def _shards(self) -> "_Shards":
-        return _Shards(self.files, self.rows["length"])
-
-
-class _Shards:
-    """The spans' arrays, mapped when they are first read."""
-
-    def __init__(self, files: list[File], lengths: np.ndarray) -> None:
-        spans = [(file.folder / f"{number:05d}", span["rows"]) for file in files for number, span in enumerate(file.index["spans"])]
-        spans = [span for span in spans if span[1]]
-        self.paths, counts = [path for path, _ in spans], [count for _, count in spans]
-        self.first = np.cumsum([0, *counts])[:-1]
-        ends = np.cumsum(lengths, dtype=np.int64)
-        self.offset = ends - lengths
-        self.offset -= np.repeat(self.offset[self.first], counts)
-        self.maps: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(spans)
-        self.read_bytes = 0
-
-    def read(self, shard: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        if self.maps[shard] is None:
-            self.maps[shard] = (_mapped(f"{self.paths[shard]}.tokens.npy", np.int32), _mapped(f"{self.paths[shard]}.supervised.npy", bool))
-        tokens, supervised = self.maps[shard]
-        found = np.array(tokens[begin:end]), np.array(supervised[begin:end])
-        self.read_bytes += 4096 * 16 + 5 * (end - begin)  # the kernel maps sixteen pages around each that is touched
-        if self.read_bytes > RELEASED_BYTES:
-            self._release()
-        return found
-
-    def _release(self) -> None:
-        """Pages of a mapped file count as the process's own memory until it needs them no more. They stay in the disk's cache."""
-        self.read_bytes = 0
-        for arrays in filter(None, self.maps):
-            for array in arrays:
-                array._mmap.madvise(mmap.MADV_DONTNEED)
-
-
-def _mapped(path: str, dtype: type) -> np.ndarray:
-    """An array of a .npy file. np.load parses the header as Python, which CPython 3.11 fails at now and then in two threads at once."""
-    with open(path, "rb") as file:
-        header = int.from_bytes(file.read(10)[8:], "little")
-    return np.memmap(path, dtype, mode="r", offset=10 + header)
+    def _shards(self) -> Shards:
+        return Shards(self.files, self.rows["length"])
 
 
 def load(cfg: Data, of: str, tokenizer: Tokenizer, seed: int = 0, strict: bool = True) -> Dataset | None:
@@ -204,15 +140,11 @@ def load(cfg: Data, of: str, tokenizer: Tokenizer, seed: int = 0, strict: bool =
     for number, source in enumerate(sources):
         job = Job(source.format, cfg.template, cfg.system, cfg.supervise)
         for path in expand(source.path):
-            found = known_survey(path, Path(cfg.cache))
-            key = job.key(found.sha256, tokenizer)
-            folder = built_once(Path(cfg.cache) / key[:24], lambda building, found=found, job=job: build.build(building, found, job, tokenizer, cfg.workers),
-                                f"Another process tokenises {path}; waiting for it")
-            index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-            if not index["records"]:
+            file = tokenised(path, number, job, tokenizer, Path(cfg.cache), cfg.workers)
+            if not file.index["records"]:
                 raise EngineError("DATA-EMPTY", f"{path}: holds no row; expected records of the format {source.format}")
-            files.append(File(path, number, index, folder))
-            contents.append([number, key])
+            files.append(file)
+            contents.append([number, job.key(file.index["sha256"], tokenizer)])
     _warn_of_repeated_files(files)
     if strict and cfg.on_bad_row == "error":
         _refuse_rejects(files)
@@ -220,37 +152,6 @@ def load(cfg: Data, of: str, tokenizer: Tokenizer, seed: int = 0, strict: bool =
     found = _documents(files, sources, rows, tasks, cfg, of, seed, strict)
     how = [contents, [[source.repeat, source.weight] for source in sources], cfg.max_length, cfg.too_long, seed if any(s.weight for s in sources) else None]
     return replace(found, digest=hashlib.sha256(json.dumps(how).encode()).hexdigest())
-
-
-def first_row(cfg: Data) -> Row | None:
-    """The first training row that can be read."""
-    source = cfg.sources("train")[0]
-    for span in known_survey(expand(source.path)[0], Path(cfg.cache)).spans:
-        for line, record in records(span):
-            with suppress(BadRow):
-                if not isinstance(record, BadRow):
-                    return FORMATS[source.format](record, line)
-    return None
-
-
-def known_survey(path: Path, cache: Path) -> FileSurvey:
-    """`survey`, from the cache where the file is as it was by size, times and inode: a second run reads no text."""
-    status = path.stat()
-    state = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, build.VERSION]
-    memo = cache / f"file-{hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:24]}.json"
-    try:
-        known = json.loads(memo.read_text(encoding="utf-8"))
-        if known["state"] == state:
-            return FileSurvey(**{**known["survey"], "path": path, "spans": tuple(Span(path, *span) for span in known["survey"]["spans"])})
-    except (OSError, ValueError, LookupError):
-        pass
-    found = survey(path, max(SPAN_BYTES, min(SPAN, status.st_size // SPANS)))
-    # A write within the clock's tick of the last one would not be seen, so a file must have rested for a while.
-    if path.stat().st_mtime_ns == status.st_mtime_ns and abs(time.time_ns() - status.st_mtime_ns) > 2e9:
-        with published(memo) as building:
-            spans = [[span.kind, span.start, span.end, span.first_line, span.first_column] for span in found.spans]
-            building.write_text(json.dumps({"state": state, "survey": {**vars(found), "path": None, "spans": spans}}), encoding="utf-8")
-    return found
 
 
 def _warn_of_repeated_files(files: list[File]) -> None:
