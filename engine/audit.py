@@ -62,7 +62,8 @@ def main(argv: list[str]) -> None:
     order = (checks.ERROR, checks.WARNING, checks.NOTE)
     found.sort(key=lambda one: order.index(one.severity))
     run = rundir.choose(cfg)
-    facts = {"recipe": " ".join(args.recipe) or config.DEFAULT_RECIPE, "model": str(base), **told(cfg, train, plan, checks.ends_kept(train) & checks.ends_learnt(train))}
+    facts = {"recipe": " ".join(args.recipe) or config.DEFAULT_RECIPE, "model": str(base),
+             **told(cfg, train, plan, checks.ends_kept(train) & checks.ends_learnt(train))}
     tables = [fates(datasets), lengths(train), scripts(written)]
 
     print("\n".join(f"{name:>10}  {text}" for name, text in facts.items()))
@@ -75,7 +76,9 @@ def main(argv: list[str]) -> None:
     print(f"\n{verdict(found)}")
     for one in found:
         print("\n".join([f"  {one.severity:<7}  {one.kind}: {one.headline()}; {one.advice}", *(f"{'':11}{row}" for row in one.rows)]))
-    content = page.page(f"What {run.name} will train on", body(facts, tables, found, [view.as_html(one) for one in view.views(train, tokenizer, max(args.show, VIEWED))]))
+    viewed = max(args.show, VIEWED)
+    documents = [view.as_html(one) for one in view.views(train, tokenizer, viewed, view.LONGEST)]
+    content = page.page(f"What {run.name} will train on", body(facts, tables, found, documents))
     with published(run / "audit") as building:
         building.mkdir()
         (building / "audit.html").write_text(content, encoding="utf-8")
@@ -83,7 +86,7 @@ def main(argv: list[str]) -> None:
             from torch.utils.tensorboard import SummaryWriter
 
             with SummaryWriter(str(building / "tensorboard")) as events:
-                events.add_text("rows", view.as_markdown(train, tokenizer, max(args.show, VIEWED)), 0)
+                events.add_text("rows", view.as_markdown(train, tokenizer, viewed), 0)
     if args.html:
         with published(args.html) as building:
             building.write_text(content, encoding="utf-8")
@@ -115,8 +118,8 @@ def fates(datasets: dict[str, Any]) -> Table:
             mine, of = [file for file in files if file["source"] == source.name], dataset.source == number
             rows.append([f"{name}: {source.name}", *(f"{sum(file[column] for file in mine):,}" for column in columns), f"{of.sum():,}",
                          f"{dataset.lengths[of].sum():,}", f"{dataset.targets[of].sum():,}"])
-    return Table("rows by source and fate", ["source", "records", "unreadable", "too long", "no target left", "kept", "cut off", "split", "documents", "tokens", "learnt"],
-                 rows)
+    heads = ["source", "records", "unreadable", "too long", "no target left", "kept", "cut off", "split", "documents", "tokens", "learnt"]
+    return Table("rows by source and fate", heads, rows)
 
 
 def lengths(train: Any) -> Table:
@@ -126,9 +129,9 @@ def lengths(train: Any) -> Table:
     edges = np.array(sorted({1, 2, 3, *(2**power * half // 2 for power in range(2, 25) for half in (2, 3))}))
     which, first = np.searchsorted(edges, train.lengths), int(np.searchsorted(edges, train.lengths.min()))
     counts, tokens, targets = (np.bincount(which, weights=weights)[first:] for weights in (None, train.lengths, train.targets))
-    highs = edges[first : first + len(counts)]
-    rows = [[f"{low:,}–{high:,}" if low < high else f"{high:,}", count / counts.max(), f"{int(count):,}", percent(size / tokens.sum()), percent(learnt / targets.sum())]
-            for low, high, count, size, learnt in zip(edges[first - 1 :] + 1 if first else [1, *edges + 1], highs, counts, tokens, targets, strict=False)]
+    lows = np.concatenate([[0], edges])[first:] + 1
+    rows = [[f"{low:,}–{high:,}" if low < high else f"{high:,}", float(count / counts.max()), f"{count:,}", percent(size / tokens.sum()),
+             percent(learnt / targets.sum())] for low, high, count, size, learnt in zip(lows, edges[first:], counts, tokens, targets, strict=False)]
     middle, high = np.percentile(train.lengths, [50, 95])
     return Table("documents by length", ["tokens", "", "documents", "of all tokens", "of the learnt"], rows,
                  f"median {middle:.0f}, 95 % up to {high:.0f}, longest {train.lengths.max():,}; data.max_length is {train.max_length:,}")
@@ -149,7 +152,7 @@ def scripts(written: dict[str, Any]) -> Table:
 def merges(written: Any) -> list[Any]:
     from engine.data.checks import NOTE, Finding
 
-    return [Finding("BOUNDARY", NOTE, written.merged, written.rows, "rows would get other tokens where question and answer meet, were both tokenised as one text",
+    return [Finding("BOUNDARY", NOTE, written.merged, written.rows, "rows would get other tokens where question and answer meet, were both one text",
                     "nothing to do: here they are tokenised apart, in training as in generation, where servers too have nothing but the question",
                     tuple(written.named))] if written.merged else []
 
@@ -172,8 +175,9 @@ def body(facts: dict[str, str], tables: list[Table], found: list[Any], documents
     worst = found[0].severity if found else "note"
     return [f'<p class="verdict {worst}">{html.escape(verdict(found))}</p>', f'<ul class="findings">{listed}</ul>' if found else "",
             f'<section class="facts"><h2>The run</h2><div><table>{known}</table></div></section>', *map(page.as_html, tables),
-            '<section><h2>Rows as the model reads them</h2><p class="legend">The first of each source, token by token: <span>read</span> <span class="s">learnt</span> '
-            '<span class="c">control token</span>. A small number: that many tokens share the bytes of one character. Ids show under the pointer.</p>',
+            '<section><h2>Rows as the model reads them</h2><p class="legend">The first of each source, token by token: <span>read</span> '
+            '<span class="s">learnt</span> <span class="c">control token</span>. A small number: that many tokens share the bytes of one character. Ids show '
+            'under the pointer.</p>',
             *documents, "</section>"]
 
 

@@ -88,7 +88,7 @@ def errors(train: Dataset, held_out: Dataset | None, data: Data) -> Iterator[Fin
                           "mend them, or set data.on_bad_row=skip to leave them out", _rejected(dataset))
         if data.too_long == "error":
             yield from _flagged(dataset, dataset.fates == TOO_LONG, "TOO-LONG", ERROR, f"rows are longer than data.max_length = {data.max_length}",
-                                "raise it, or set data.too_long to truncate, drop or split", lambda row: dataset.reason_left_out(row))
+                                "raise it, or set data.too_long to truncate, drop or split", dataset.reason_left_out)
         yield from _flagged(dataset, dataset.rows["targets"] == 0, "NO-TARGET", ERROR, "rows have no supervised token",
                             "nothing is learnt from them: leave them out, or mend what their messages say of train",
                             lambda row: "has no supervised token: the template writes nothing of its own for the messages that are to be learnt")
@@ -122,7 +122,8 @@ def doubts(train: Dataset, held_out: Dataset | None) -> Iterator[Finding]:
 
 
 def _ends_lost(dataset: Dataset) -> Iterator[Finding]:
-    yield from _flagged(dataset, (dataset.times > 0) & ~ends_kept(dataset), "END-LOST", WARNING, f"rows lose the end of their answer to data.max_length = {dataset.max_length}",
+    yield from _flagged(dataset, (dataset.times > 0) & ~ends_kept(dataset), "END-LOST", WARNING,
+                        f"rows lose the end of their answer to data.max_length = {dataset.max_length}",
                         "a model that seldom sees an answer end does not learn to stop: raise it, or set data.too_long=drop",
                         lambda row: f"has {dataset.rows['length'][row]} tokens, its end is cut off")
     yield from _flagged(dataset, dataset.fates == SILENT, "NO-TARGET-LEFT", WARNING,
@@ -138,8 +139,10 @@ def _duplicates(dataset: Dataset) -> Iterator[Finding]:
     yield from _pairs(dataset, rows[again], dataset, rows[whole[again]], "DUPLICATE", severity, len(rows), "rows are the same as one before, token by token",
                       "each counts as often as it is there: leave the copies out, or take them for a weight that you want", "is {} again")
     other = (dataset.rows["all"][rows] != dataset.rows["all"][rows[question]]) & ~again & (dataset.rows["answer"][rows] >= 0)
-    yield from _pairs(dataset, rows[other], dataset, rows[question[other]], "OTHER-ANSWER", NOTE, len(rows), "rows ask what one before asks, and answer otherwise",
-                      "a model learns the mixture of the answers: fine for open questions, an error in one of them for others", "asks what {} asks, with another answer")
+    yield from _pairs(dataset, rows[other], dataset, rows[question[other]], "OTHER-ANSWER", NOTE, len(rows),
+                      "rows ask what one before asks, and answer otherwise",
+                      "a model learns the mixture of the answers: fine for open questions, an error in one of them for others",
+                      "asks what {} asks, with another answer")
 
 
 def _overlap(train: Dataset, held_out: Dataset) -> Iterator[Finding]:
@@ -163,8 +166,8 @@ def _notes(dataset: Dataset, name: str, data: Data) -> Iterator[Finding]:
         yield Finding("SKIPPED", NOTE, rejected, _records(dataset), f"records of {name} cannot be read and are left out", "as data.on_bad_row=skip says",
                       _rejected(dataset))
     if data.too_long != "error":
-        yield from _flagged(dataset, dataset.fates == TOO_LONG, "DROPPED", NOTE, f"rows of {name} are left out as too long", f"as data.too_long={data.too_long} says",
-                            lambda row: dataset.reason_left_out(row))
+        yield from _flagged(dataset, dataset.fates == TOO_LONG, "DROPPED", NOTE, f"rows of {name} are left out as too long",
+                            f"as data.too_long={data.too_long} says", dataset.reason_left_out)
     flags = dataset.rows["flags"]
     yield from _flagged(dataset, (flags & (NAMES_CONTROL | HOLDS_CONTROL)) == NAMES_CONTROL, "CONTROL-NAME", NOTE,
                         f"rows of {name} have the name of a control token in their text", "it is learnt as text, letter by letter, and is no control token: "
@@ -175,7 +178,8 @@ def _notes(dataset: Dataset, name: str, data: Data) -> Iterator[Finding]:
             ignored.update(span["ignored"])
     if ignored:
         fields = ", ".join(f"{field} ({count:,})" for field, count in ignored.most_common(2 * NAMED))
-        yield Finding("UNREAD-FIELD", NOTE, 0, 0, f"{name} has fields that nobody reads, with the records that have them: {fields}", "fine, unless one is misspelt")
+        yield Finding("UNREAD-FIELD", NOTE, 0, 0, f"{name} has fields that nobody reads, with the records that have them: {fields}",
+                      "fine, unless one is misspelt")
 
 
 def padding(folder: Path, tokenizer: Tokenizer, data: Data) -> Iterator[Finding]:
@@ -183,8 +187,9 @@ def padding(folder: Path, tokenizer: Tokenizer, data: Data) -> Iterator[Finding]
     pad = read_json(folder / "tokenizer_config.json").get("pad_token")
     pad, end = pad.get("content") if isinstance(pad, dict) else pad, tokenizer.name(end_of(data.template, tokenizer))
     if pad == end:
-        yield Finding("PAD-IS-END", NOTE, 0, 0, f"the tokenizer pads with {end}, which also ends answers", "harmless here: padding is known by its place and never by "
-                      "its id, so ends are learnt; trainers that mask every padding id would never learn to stop")
+        yield Finding("PAD-IS-END", NOTE, 0, 0, f"the tokenizer pads with {end}, which also ends answers",
+                      "harmless here: padding is known by its place and never by its id, so ends are learnt; trainers that mask every padding id would "
+                      "never learn to stop")
 
 
 def ends_kept(dataset: Dataset) -> np.ndarray:

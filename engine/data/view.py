@@ -13,6 +13,7 @@ from engine.data.dataset import SPLIT, TRUNCATED, Dataset
 from engine.data.tokenizer import Tokenizer
 
 BYTES = 4  # of a character at most, so tokens of a span
+LONGEST = 2048  # tokens of a document on pages
 MARKS = {" ": "·", "\t": "→", "\n": "↵\n", "\r": "␍"}
 
 
@@ -32,14 +33,16 @@ class View:
     spans: list[Span]
 
 
-def views(dataset: Dataset, tokenizer: Tokenizer, count: int) -> Iterator[View]:
-    """The first `count` documents of each source."""
+def views(dataset: Dataset, tokenizer: Tokenizer, count: int, longest: int | None = None) -> Iterator[View]:
+    """The first `count` documents of each source, of each at most the first `longest` tokens."""
     for number in range(len(dataset.sources)):
         for document in np.flatnonzero(dataset.source == number)[:count].tolist():
             row = int(dataset.row[document])
             fate = {TRUNCATED: ", cut off", SPLIT: f", from token {dataset.start[document]} of {dataset.rows['length'][row]}"}.get(int(dataset.fates[row]), "")
-            title = f"{dataset.where(row)}: {dataset.lengths[document]} tokens, {dataset.targets[document]} learnt{fate}"
-            yield View(title, spans(*dataset.read(document), tokenizer))
+            ids, supervised = dataset.read(document)
+            shown = f"; the first {longest} are shown" if longest and len(ids) > longest else ""
+            title = f"{dataset.where(row)}: {len(ids)} tokens, {dataset.targets[document]} learnt{fate}{shown}"
+            yield View(title, spans(ids[:longest], supervised[:longest], tokenizer))
 
 
 def spans(ids: Sequence[int], supervised: Sequence[bool], tokenizer: Tokenizer) -> list[Span]:
@@ -107,12 +110,12 @@ def as_html(view: View) -> str:
 
 def as_markdown(dataset: Dataset, tokenizer: Tokenizer, count: int) -> str:
     """For TensorBoard's page of texts, which knows no colours: what is learnt is bold."""
-    parts = ["Tokens are boxes; **bold** ones are learnt."]
-    for view in views(dataset, tokenizer, count):
+    parts = ["Tokens stand apart; **bold** ones are learnt."]
+    for view in views(dataset, tokenizer, count, LONGEST):
         tokens = []
         for span in view.spans:
             shown = html.escape("".join(part for part, _ in visible(span.text))).replace("\n", "<br>")
-            body = f"<code>{shown.removesuffix('<br>')}</code>" + "<br>" * shown.endswith("<br>")
-            tokens.append(f"<strong>{body}</strong>" if span.supervised else body)
-        parts.append(f"<p><em>{html.escape(view.title)}</em><br>{' '.join(tokens)}</p>")
+            text = f"<code>{shown.removesuffix('<br>')}</code>"
+            tokens.append((f"<strong>{text}</strong>" if span.supervised else text) + "<br>" * shown.endswith("<br>"))
+        parts.append(f"<p><em>{html.escape(view.title)}</em><br>{' '.join(tokens).replace('<br> ', '<br>')}</p>")
     return "\n\n".join(parts)
