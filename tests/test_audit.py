@@ -17,6 +17,8 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 from engine import audit, train
 from engine.config import Data
 from engine.data import checks, dataset, texts, view
+from engine.data.reading import read_rows
+from engine.data.template import TEMPLATES
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import USER, EngineError
 
@@ -59,6 +61,7 @@ PLANTED = [
     alpaca("Say cat.", "cat", wieght=2),
     alpaca("Shout.", "! now"),  # 10
     alpaca("Read this: " + "cat " * 40, "fish"),
+    alpaca("Say blue.", "green"),  # 12
 ]
 CHATS = [said(("user", "Say pear."), ("assistant", "pear")), said(("system", "Be kind.", True), ("user", "Hello."), ("assistant", "Hi.", False))]
 WORDS = [{"text": "runs and eats"}, {"text": "<s>red cat"}]
@@ -112,7 +115,7 @@ def test_every_planted_defect_is_named_with_its_row(audited):
     assert found == {
         "UNREADABLE": ("error", ["rows.jsonl:7"]), "TOO-LONG": ("error", ["rows.jsonl:8", "rows.jsonl:11"]), "NO-TARGET": ("error", ["chats.jsonl:2"]),
         "DOUBLE-BOS": ("error", ["words.jsonl:2"]), "CONTROL-TOKEN": ("error", ["rows.jsonl:6"]),
-        "DUPLICATE": ("warning", ["rows.jsonl:3"]), "OVERLAP": ("warning", ["held_out.jsonl:1"]),
+        "DUPLICATE": ("warning", ["rows.jsonl:3", "rows.jsonl:12"]), "OVERLAP": ("warning", ["held_out.jsonl:1"]),
         "OTHER-ANSWER": ("note", ["rows.jsonl:4"]), "SAME-QUESTION": ("note", ["held_out.jsonl:2"]), "CONTROL-NAME": ("note", ["rows.jsonl:5"]),
         "UNREAD-FIELD": ("note", []), "BOUNDARY": ("note", ["rows.jsonl:10"])}
     assert "rows.jsonl:1 again" in out and "is also" in out and "wieght (1)" in out
@@ -169,7 +172,7 @@ def test_training_stops_at_a_hard_fault_with_its_row(arguments, tmp_path, keep, 
 
 
 def test_training_warns_in_a_line_and_shows_its_rows(arguments, tmp_path, capsys):
-    write_rows(tmp_path / "twice.jsonl", [*CLEAN, CLEAN[0]])
+    write_rows(tmp_path / "twice.jsonl", [*CLEAN, CLEAN[0], alpaca("Say red.", "a note is not told")])
     train.main(arguments(False, f"data.train={tmp_path / 'twice.jsonl'}", f"data.validation={tmp_path / 'rows.jsonl'}", "train.max_steps=1"))
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("WARNING")]
     assert len(warnings) == 2 and "twice.jsonl:7: is" in warnings[0] and "rows.jsonl:1: is also" in warnings[1]
@@ -257,11 +260,11 @@ def test_figures_add_up(audited, tmp_path):
     out, _, _ = audited(True, "data.on_bad_row=skip", "data.too_long=split", "data.validation=null")
     table = [re.split(r" {2,}", line.strip()) for line in out.split("rows by source and fate\n")[1].split("\n\n")[0].splitlines()]
     records = dict(zip(table[0], zip(*table[1:], strict=True), strict=True))
-    assert records["source"] == ("train: rows", "train: chats", "train: words") and records["records"] == ("11", "2", "2")
-    assert records["unreadable"] == ("1", "0", "0") and records["kept"] == ("10", "2", "2") and records["split"] == ("2", "0", "0")
+    assert records["source"] == ("train: rows", "train: chats", "train: words") and records["records"] == ("12", "2", "2")
+    assert records["unreadable"] == ("1", "0", "0") and records["kept"] == ("11", "2", "2") and records["split"] == ("2", "0", "0")
     lines = out.split("documents by length\n")[1].split("\n  median")[0].splitlines()[1:]
     counted = [int(re.fullmatch(r"  [\d–,]+ +[█▏▎▍▌▋▊▉]* +(\d+) +[\d.]+ % +[\d.]+ %", line)[1]) for line in lines]
-    assert sum(counted) == sum(map(int, records["documents"])) == 15
+    assert sum(counted) == sum(map(int, records["documents"])) == 16
 
 
 def test_the_share_of_ends_that_are_learnt(audited, tmp_path):
@@ -281,6 +284,22 @@ def test_shares_of_scripts(unmarked, tmp_path):
     assert characters == {"Han": 5, "white space": 2, "digits": 4, "Cyrillic": 9, "punctuation and symbols": 2, "Kana": 4, "Latin": 3, "Devanagari": 6}
     assert {name: int(count) for name, count in zip(texts.KINDS, found.mainly, strict=True) if count} == {
         "Han": 1, "Cyrillic": 1, "Kana": 1, "Devanagari": 1, "other": 1} and found.rows == 5 and found.merged == 0
+
+
+@pytest.mark.parametrize(("kind", "template"), [("tiny", "llama2"), ("unmarked", "llama2"), ("tiny", "plain"), ("unmarked", "plain")])
+def test_merges_are_those_of_question_and_answer_as_one_text(request, tmp_path, kind, template):
+    tokenizer = load_tokenizer(request.getfixturevalue(kind))
+    path = write_rows(tmp_path / "rows.jsonl", [*ragged_rows(30), *(alpaca(f"Shout {mark}.", f"{mark} now") for mark in "!?!a!!!!")])
+    cfg = Data(train=str(path), cache=str(tmp_path / "cache"), template=template, max_length=500)
+    rows = dataset.load(cfg, "train", tokenizer)
+    merged = []
+    for row, record in enumerate(read_rows(path)):
+        whole = "".join(segment.text for segment in TEMPLATES[template](record) if not segment.special)
+        apart = rows.read(row)[0][len(tokenizer.prefix) : -1].tolist()
+        merged += [f"{path}:{record.line}"] * (tokenizer.encode(whole) != apart)
+    found = texts.read(rows, cfg, tokenizer)
+    assert found.merged == len(merged) and [name.rpartition(": '")[0].partition(": ")[0] for name in found.named] == merged[:5]
+    assert len(merged) == 6 * (kind == "unmarked" and template == "llama2")
 
 
 def test_a_duplicate_is_told_by_the_first_of_its_kind(unmarked, tmp_path):

@@ -168,8 +168,7 @@ def _notes(dataset: Dataset, name: str, data: Data) -> Iterator[Finding]:
     if data.too_long != "error":
         yield from _flagged(dataset, dataset.fates == TOO_LONG, "DROPPED", NOTE, f"rows of {name} are left out as too long",
                             f"as data.too_long={data.too_long} says", dataset.reason_left_out)
-    flags = dataset.rows["flags"]
-    yield from _flagged(dataset, (flags & (NAMES_CONTROL | HOLDS_CONTROL)) == NAMES_CONTROL, "CONTROL-NAME", NOTE,
+    yield from _flagged(dataset, (dataset.rows["flags"] & NAMES_CONTROL) > 0, "CONTROL-NAME", NOTE,
                         f"rows of {name} have the name of a control token in their text", "it is learnt as text, letter by letter, and is no control token: "
                         "take it out if it is left over from another template", lambda row: "names a control token")
     ignored: Counter[str] = Counter()
@@ -193,9 +192,9 @@ def padding(folder: Path, tokenizer: Tokenizer, data: Data) -> Iterator[Finding]
 
 
 def ends_kept(dataset: Dataset) -> np.ndarray:
-    """(R,) whether a document has the token that ends the row, and something before it."""
+    """(R,) whether a document has the token that ends the row."""
     found = np.zeros(len(dataset.rows), bool)
-    found[dataset.row[(dataset.start + dataset.lengths == dataset.rows["length"][dataset.row]) & (dataset.lengths > 1)]] = True
+    found[dataset.row[dataset.start + dataset.lengths == dataset.rows["length"][dataset.row]]] = True
     return found
 
 
