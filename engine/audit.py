@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
             print("\n" + view.as_text(one, sys.stdout.isatty()))
     print(f"\n{verdict(found)}")
     for one in found:
-        print("\n".join([f"  {one.severity:<7}  {one.kind}: {one.headline()}; {one.advice}", *(f"{'':11}{row}" for row in one.rows)]))
+        print("\n".join([f"  {one.severity:<7}  {one.kind}: {one.headline()}", f"{'':11}{one.advice}", *(f"{'':13}{row}" for row in one.rows)]))
     viewed = max(args.show, VIEWED)
     documents = [view.as_html(one) for one in view.views(train, tokenizer, viewed, view.LONGEST)]
     content = page.page(f"What {run.name} will train on", body(facts, tables, found, documents))

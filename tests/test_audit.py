@@ -103,7 +103,7 @@ def audited(arguments, capsys):
         for line in out.splitlines():
             if headline := re.match(r"  (error|warning|note) +([A-Z-]+): ", line):
                 found.setdefault(kind := headline[2], (headline[1], []))
-            elif found and (row := re.match(r" {11}\S*/(\S+?:\d+)", line)):
+            elif found and (row := re.match(r" {13}\S*/(\S+?:\d+)", line)):
                 found[kind][1].append(row[1])
         return out, error, found
 
@@ -125,10 +125,12 @@ def test_every_planted_defect_is_named_with_its_row(audited):
         (kind, row) for kind, (severity, rows) in found.items() if severity == "error" for row in rows]
 
 
-def test_a_clean_set_has_nothing_to_remark(audited, tmp_path):
+def test_a_clean_set_has_nothing_to_remark_and_is_trained(audited, arguments, tmp_path):
     out, error, found = audited(False)
     assert error is None and not found and "training will take this data: nothing to remark" in out
     assert (tmp_path / "runs/run/audit/audit.html").is_file() and not (tmp_path / "runs/run/checkpoints").exists()
+    train.main(arguments(False, "train.max_steps=1"))
+    assert (tmp_path / "runs/run/finished.json").is_file() and not (tmp_path / "runs/run-2").exists(), "the page lies with the run"
 
 
 def test_what_the_recipe_asks_for_is_no_error(audited):
