@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     from engine import adapter, checkpoint, distributed, export, hub, lora, metrics, optim, precision, report, rundir
     from engine.attention import PackedAttention
     from engine.attention import choose as choose_attention
-    from engine.data import added_tokens, chat_template, dataset, ledger, loader
+    from engine.data import added_tokens, chat_template, checks, dataset, ledger, loader, view
     from engine.data.plan import Plan
     from engine.data.tokenizer import load_tokenizer
     from engine.dropout import DropoutKeys
@@ -41,6 +41,7 @@ def main(argv: list[str]) -> int:
         tokenizer, family = load_tokenizer(words), weights.read_config(source)
         rows, held_out = (dataset.load(cfg.data, of, tokenizer, cfg.train.seed) for of in ("train", "validation"))
         dataset.check_fit(rows, tokenizer, family, len(cfg.model.add_tokens))
+        checks.before_training(rows, held_out, cfg.data, speaks=rank == 0)
         if rank == 0:
             chat_template.check(source, cfg.data, tokenizer, rows.first_row())
         plan = Plan(rows.lengths, rows.targets, cfg.data.max_length, cfg.train.global_batch, cfg.data.packing,
@@ -94,6 +95,7 @@ def main(argv: list[str]) -> int:
             rundir.write_ledger(run, ledger.accounts(rows, held_out, plan.times_trained(start), counted), ledger.left_out(rows, held_out))
         log.say(report.equation(run, cfg, base, plan, rows, num_steps, start, world.size, facts))
         log.text("recipe", f"```\n{config.dump(cfg)}```", 0)
+        log.text("rows", view.as_markdown(rows, tokenizer, 3), 0)
         evaluation = Evaluation(held_out, tokenizer, cfg.data, cfg.evaluate, attention, types, world) if held_out else None
         if evaluation and start == 0 and cfg.evaluate.at_start:
             log.step(0, evaluation.run(model).scalars)

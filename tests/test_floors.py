@@ -10,7 +10,7 @@ ENGINE = ROOT / "engine"
 FLOORS = [
     {"errors", "tensorfile"},
     {"hub"},
-    {"config", "arguments", "publish"},
+    {"config", "arguments", "publish", "page"},
     {"distributed", "dropout", "linear", "signals"},
     {"precision", "loss", "cpu_attention", "adamw_bf16"},
     {"attention"},
@@ -19,7 +19,7 @@ FLOORS = [
     {"gguf_out"},
     {"evaluate", "export", "rundir"},
     {"report"},
-    {"train", "generate", "convert", "launch"},
+    {"train", "generate", "convert", "audit", "launch"},
 ]
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 

@@ -8,4 +8,5 @@ build      a file -> arrays, by several processes       (cache: where they are a
 dataset    arrays -> documents, cut and mixed           (ledger: what became of every row)
 plan       lengths -> which documents form which step   (a pure function)
 loader     a step's share of a rank -> tensors          (in the background)
+checks     what may be wrong with rows                    (by the arrays; texts looks at the text, view shows documents token by token)
 """

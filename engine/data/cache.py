@@ -5,6 +5,7 @@ import json
 import mmap
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from engine.data import build
 from engine.data.build import Job
 from engine.data.reading import SPAN, FileSurvey, Span, survey
 from engine.data.tokenizer import Tokenizer
+from engine.errors import EngineError
 from engine.publish import built_once, published
 
 SPANS, SPAN_BYTES = 64, 512 << 10  # spans of a file, about, and the least bytes of one; large files have more, of reading.SPAN
@@ -68,7 +70,7 @@ def known_survey(path: Path, cache: Path) -> FileSurvey:
     found = survey(path, max(SPAN_BYTES, min(SPAN, status.st_size // SPANS)))
     # A write within the clock's tick of the last one would not be seen, so a file must have rested for a while.
     if path.stat().st_mtime_ns == status.st_mtime_ns and abs(time.time_ns() - status.st_mtime_ns) > 2e9:
-        with published(memo) as building:
+        with suppress(EngineError), published(memo) as building:  # another rank may be writing the same
             spans = [[span.kind, span.start, span.end, span.first_line, span.first_column] for span in found.spans]
             building.write_text(json.dumps({"state": state, "survey": {**vars(found), "path": None, "spans": spans}}), encoding="utf-8")
     return found
