@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from engine.config import Data
 from engine.data.build import BATCH
-from engine.data.dataset import NAMED, Dataset, known_survey
+from engine.data.cache import known_survey
+from engine.data.dataset import NAMED, Dataset
 from engine.data.formats import FORMATS, BadRow, Row
 from engine.data.reading import FileSurvey, records
 from engine.data.template import BOS, TEMPLATES, Template
