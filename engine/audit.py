@@ -57,6 +57,7 @@ def main(argv: list[str]) -> None:
 
     found = [*checks.misfit(train, tokenizer, family, len(cfg.model.add_tokens)), *checks.findings(train, held_out, cfg.data),
              *checks.padding(words, tokenizer, cfg.data), *merges(written["train"])]
+    refused = any(one.severity == checks.ERROR for one in found)
     if args.strict:
         found = [replace(one, severity=checks.ERROR) if one.severity == checks.WARNING else one for one in found]
     order = (checks.ERROR, checks.WARNING, checks.NOTE)
@@ -73,12 +74,12 @@ def main(argv: list[str]) -> None:
         print("\nrows as the model reads them, token by token; " + ("what is learnt is green" if sys.stdout.isatty() else "what is learnt stands in « »"))
         for one in view.views(train, tokenizer, args.show):
             print("\n" + view.as_text(one, sys.stdout.isatty()))
-    print(f"\n{verdict(found)}")
+    print(f"\n{verdict(found, refused)}")
     for one in found:
         print("\n".join([f"  {one.severity:<7}  {one.kind}: {one.headline()}", f"{'':11}{one.advice}", *(f"{'':13}{row}" for row in one.rows)]))
     viewed = max(args.show, VIEWED)
     documents = [view.as_html(one) for one in view.views(train, tokenizer, viewed, view.LONGEST)]
-    content = page.page(f"What {run.name} will train on", body(facts, tables, found, documents))
+    content = page.page(f"What {run.name} will train on", body(facts, tables, found, verdict(found, refused), documents))
     with published(run / "audit") as building:
         building.mkdir()
         (building / "audit.html").write_text(content, encoding="utf-8")
@@ -161,19 +162,19 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def verdict(found: list[Any]) -> str:
+def verdict(found: list[Any], refused: bool) -> str:
     counts = {name: sum(one.severity == name for one in found) for name in ("error", "warning", "note")}
     told = ", ".join(f"{count} {name}{'s' * (count != 1)}" for name, count in counts.items() if count)
-    return ("training will refuse this data: " if counts["error"] else "training will take this data: ") + (told or "nothing to remark")
+    return ("training will refuse this data: " if refused else "training will take this data: ") + (told or "nothing to remark")
 
 
-def body(facts: dict[str, str], tables: list[Table], found: list[Any], documents: list[str]) -> list[str]:
+def body(facts: dict[str, str], tables: list[Table], found: list[Any], told: str, documents: list[str]) -> list[str]:
     """The parts of the page: what is wrong first, then figures, then rows."""
     listed = "".join(f'<li class="{one.severity}"><b>{one.severity} {one.kind}</b><p>{html.escape(f"{one.headline()}; {one.advice}.")}</p><ul>'
                      + "".join(f"<li>{html.escape(row)}</li>" for row in one.rows) + "</ul></li>" for one in found)
     known = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>" for name, text in facts.items())
     worst = found[0].severity if found else "note"
-    return [f'<p class="verdict {worst}">{html.escape(verdict(found))}</p>', f'<ul class="findings">{listed}</ul>' if found else "",
+    return [f'<p class="verdict {worst}">{html.escape(told)}</p>', f'<ul class="findings">{listed}</ul>' if found else "",
             f'<section class="facts"><h2>The run</h2><div><table>{known}</table></div></section>', *map(page.as_html, tables),
             '<section><h2>Rows as the model reads them</h2><p class="legend">The first of each source, token by token: <span>read</span> '
             '<span class="s">learnt</span> <span class="c">control token</span>. A small number: that many tokens share the bytes of one character. Ids show '
