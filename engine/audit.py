@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
     words, family = added_tokens.extend(base.folder, cfg.model.add_tokens, Path(cfg.data.cache)), weights.read_config(base.folder)
     tokenizer = load_tokenizer(words)
     train, held_out = (dataset.load(cfg.data, of, tokenizer, cfg.train.seed, strict=False) for of in ("train", "validation"))
-    chat_template.check(base.folder, cfg.data, tokenizer)
+    chat_template.check(base.folder, cfg.data, tokenizer, train.first_row())
     plan = Plan(train.lengths, train.targets, cfg.data.max_length, cfg.train.global_batch, cfg.data.packing, cfg.data.shuffle, cfg.train.seed, cfg.train.epochs)
     datasets = {name: found for name, found in (("train", train), ("validation", held_out)) if found is not None}
     written = {name: texts.read(found, cfg.data, tokenizer) for name, found in datasets.items()}
