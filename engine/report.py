@@ -1,7 +1,6 @@
 """What a run tells its user: the plan as an equation before the first step, and at the end what came of it."""
 
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,7 @@ def samples(judged: Report | None) -> str:
 
 
 def indented(text: str, margin: str) -> str:
-    return textwrap.indent(text.strip(), margin)
+    return "\n".join(margin + line for line in text.splitlines() if line.strip())
 
 
 def closing(run: Path, judged: Report | None, exported: dict[Path, Agreement], frozen_digest: str | None) -> str:
