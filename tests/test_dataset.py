@@ -291,3 +291,36 @@ def test_memory_grows_by_little_more_than_the_facts_of_rows(tiny, tmp_path):
     a_million = (peak_of_many - peak_of_few) / (many - few) * 1e6
     assert peak_of_few + a_million < 600, f"a million rows would take {peak_of_few} + {a_million:.0f} MB"
     assert base < peak_of_few <= peak_of_many
+
+
+def test_a_file_rewritten_within_a_moment_is_seen(load, tmp_path):
+    """Of the same size and, on a coarse clock, at the same time."""
+    path = tmp_path / "rows.jsonl"
+    digests = set()
+    for letter in "abcdef":
+        path.write_text(json.dumps({"instruction": letter, "output": letter}) + "\n")
+        digests.add(load(str(path)).digest)
+    assert len(digests) == 6
+
+
+def test_another_tokenizer_has_arrays_of_its_own(tiny, load, tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", ragged_rows(9))
+    quickstart = dataset.load(Data(train=str(path), max_length=256, cache=str(tmp_path / "cache")), "train", load_tokenizer(ROOT / "recipes/quickstart/model"))
+    assert quickstart.digest != load(str(path)).digest and quickstart.files[0].folder != load(str(path)).files[0].folder
+
+
+@pytest.mark.parametrize("fault", ["a document less", "one for another"])
+def test_a_loader_that_trains_something_else_stops_the_run_before_the_update(recipe, ranks, tmp_path, monkeypatch, fault):
+    from engine.data import loader
+
+    plain = loader.collate
+
+    def faulty(rows, sequences, *rest):
+        if len(sequences) == 2:  # a whole micro-batch
+            sequences = sequences[:1] if fault == "a document less" else [sequences[0], sequences[0]]
+        return plain(rows, sequences, *rest)
+
+    monkeypatch.setattr(loader, "collate", faulty)
+    started = ranks(2, recipe())
+    assert set(started.wait()) == {BUG} and "E-LEDGER-STEP" in started.log.read_text() and "step 0 trained" in started.log.read_text()
+    assert not (tmp_path / "runs/run/metrics.jsonl").read_text() and not (tmp_path / "runs/run/checkpoints").exists()
