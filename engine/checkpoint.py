@@ -11,7 +11,9 @@ import json
 import os
 import re
 import shutil
+import stat
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,13 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engine import tensorfile
-from engine.errors import CHECKPOINT, ENVIRONMENT, EngineError
-from engine.publish import fsync
+from engine import space, tensorfile
+from engine.config import Recipe
+from engine.errors import CHECKPOINT, ENVIRONMENT, SECURITY, EngineError
+from engine.publish import fsync, remove
 
-NAME = re.compile(r"step-(\d{9})")
+NAME = re.compile(r"step-([0-9]{9})")
+MANIFEST = "manifest.json"
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
 
@@ -36,27 +40,47 @@ class Snapshot:
     state: dict[str, Any]
 
 
+def prepare(folder: Path, start: int, trained: dict[str, Tensor], cfg: Recipe, num_steps: int, steps_per_epoch: int) -> None:
+    """Before the first step, by the run that holds the lock: removes what a writer that was killed left, sets aside what `newest_whole`
+    passed over for damage, so that it neither counts as a checkpoint nor is lost, and sees that the disk has room.
+
+    Raises:
+        EngineError: it has not.
+    """
+    for left in folder.glob(".tmp-*"):
+        remove(left)
+    for damaged in (folder / f"step-{step:09d}" for step in _steps(folder) if step > start):
+        aside = damaged.with_name(f"{damaged.name}.corrupt")
+        remove(aside)
+        os.rename(damaged, aside)
+    count = space.copies(cfg.checkpoint, bool(cfg.data.validation), len(_steps(folder)), start, num_steps, steps_per_epoch)
+    space.check(folder, count, space.of_checkpoint(trained.values()))
+
+
 def save(folder: Path, step: int, snapshot: Snapshot, keep: int, best: int | None) -> Path:
     """Publishes a checkpoint of `step` finished steps under `folder`, then removes all but the `keep` newest and `best`."""
     target = folder / f"step-{step:09d}"
     building = folder / f".tmp-{target.name}"
     try:
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir(parents=True)
+        remove(building)
+        building.mkdir()  # but not its parents: a run directory that was moved away is not made anew
         tensorfile.save(snapshot.model, building / FILES[0])
         tensorfile.save(snapshot.optimizer, building / FILES[1])
         (building / FILES[2]).write_text(json.dumps({**snapshot.state, "step": step}, indent=2) + "\n", encoding="utf-8")
         files = {name: {"bytes": (building / name).stat().st_size, "sha256": _sha256(building / name)} for name in FILES}
-        (building / "manifest.json").write_text(_sealed({"format": 1, "step": step, "files": files}), encoding="utf-8")
+        (building / MANIFEST).write_text(_sealed({"format": 1, "step": step, "files": files}), encoding="utf-8")
         for path in building.iterdir():
             fsync(path)
         fsync(building)
-        if target.exists():  # of the same step, and not loaded: it was damaged
-            shutil.rmtree(target)
+        remove(target)  # one of the same step was not loaded, so it was damaged
         os.rename(building, target)
         fsync(folder)
     except OSError as error:
-        raise EngineError("ENVIRONMENT-CHECKPOINT", f"{target}: cannot be written: {error}; older checkpoints are untouched", ENVIRONMENT) from error
+        with suppress(OSError):
+            remove(building)
+        needed = space.of_checkpoint(snapshot.model.values())
+        raise EngineError("ENVIRONMENT-CHECKPOINT", f"{target}: cannot be written: {error}; it takes about {needed:,} bytes, {space.told(folder)}; "
+                          "older checkpoints are untouched", ENVIRONMENT) from error
     if problem := damage(target):
         raise EngineError("CHECKPOINT-WRITTEN", f"{target}: reads back differently from what was written: {problem}; is the disk sound?", CHECKPOINT)
     older = [number for number in _steps(folder) if number < step]
@@ -76,6 +100,8 @@ def newest_whole(folder: Path) -> int | None:
     for step in reversed(_steps(folder)):
         problem = damage(folder / f"step-{step:09d}")
         if problem is None:
+            if unknown := sorted(set(os.listdir(folder / f"step-{step:09d}")) - {*FILES, MANIFEST}):
+                print(f"WARNING: {folder}/step-{step:09d}: ignoring what is none of a checkpoint's files: {', '.join(unknown)}", file=sys.stderr, flush=True)
             if damaged:
                 print(f"WARNING: passing over damaged checkpoints: {'; '.join(damaged)}. Going on from step {step}", file=sys.stderr, flush=True)
             return step
@@ -95,9 +121,20 @@ def load(folder: Path, step: int) -> Snapshot:
 
 
 def damage(path: Path) -> str | None:
-    """What keeps a checkpoint from being whole, or None."""
+    """What keeps a checkpoint from being whole, or None.
+
+    Raises:
+        EngineError: a link stands where a file of its own is expected.
+    """
     try:
-        text = (path / "manifest.json").read_text(encoding="utf-8")
+        for name in ("", MANIFEST, *FILES):
+            mode = (path / name).lstat().st_mode
+            if stat.S_ISLNK(mode):
+                raise EngineError("SECURITY-LINK", f"{path / name}: got a symbolic link, expected a checkpoint's own "
+                                  f"{'file' if name else 'folder'}; put a copy in its place, or remove it", SECURITY)
+            if name and not stat.S_ISREG(mode):
+                return f"{name} is no file"
+        text = (path / MANIFEST).read_text(encoding="utf-8")
         manifest = json.loads(text)
         files = manifest["files"]
         if text != _sealed({key: value for key, value in manifest.items() if key != "seal"}):
@@ -108,9 +145,9 @@ def damage(path: Path) -> str | None:
             size = (path / name).stat().st_size
             if size != files[name]["bytes"]:
                 return f"{name} has {size} bytes, expected {files[name]['bytes']}"
-            if _sha256(path / name) != files[name]["sha256"]:
-                return f"{name} has another SHA-256 than the manifest"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            if (found := _sha256(path / name)) != files[name]["sha256"]:
+                return f"{name} has SHA-256 {found[:12]}…, the manifest says {files[name]['sha256'][:12]}…"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return f"cannot be read: {error}"
     return None
 
@@ -131,7 +168,8 @@ def _sealed(manifest: dict[str, Any]) -> str:
 def _steps(folder: Path) -> list[int]:
     if not folder.is_dir():
         return []
-    return sorted(int(match[1]) for entry in folder.iterdir() if (match := NAME.fullmatch(entry.name)))
+    return sorted(int(match[1]) for entry in folder.iterdir()
+                  if (match := NAME.fullmatch(entry.name)) and (entry.is_dir() or entry.is_symlink()))
 
 
 def _sha256(path: Path) -> str:

@@ -3,6 +3,7 @@
 Text for a user reads: what, got, expected, what to change. `run` is the outermost call of every command.
 """
 
+import errno
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ NUMERIC = 6  # a loss or gradient that is not finite
 SECURITY = 7  # refused on purpose
 BUG = 70
 PREEMPTED = 75  # told to stop, saved, may be started again
+
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}  # the machine's answer, no bug
 
 
 class EngineError(Exception):
@@ -93,13 +96,28 @@ def recorded(path: Path, rank: int) -> Iterator[None]:
         path.unlink(missing_ok=True)
     try:
         yield
-    except BaseException as error:
+    except BaseException as caught:
+        error = caught
+        if isinstance(caught, OSError) and caught.errno in DISK:
+            error = EngineError("ENVIRONMENT-DISK", f"{caught.filename or path.parent}: {caught.strerror}; free some space, or set run.folder", ENVIRONMENT)
         code = error.exit_code if isinstance(error, EngineError) else BUG
         detail = str(error) if isinstance(error, EngineError) else traceback.format_exc()
         record = {"exit_code": code, "rank": rank, "message": detail}
-        if not isinstance(error, (SystemExit, KeyboardInterrupt)) and path.parent.is_dir() and not path.exists():
-            path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        if not isinstance(error, (SystemExit, KeyboardInterrupt)):
+            _note(path, json.dumps(record, indent=2) + "\n")
         if code == BUG and isinstance(error, Exception):
             print(f"[rank {rank}] {detail}", file=sys.stderr, flush=True)
             raise EngineError("BUG", f"{type(error).__name__}: {error}; the traceback above belongs in a report", BUG) from error
+        if error is not caught:
+            raise error from caught
         raise
+
+
+def _note(path: Path, text: str) -> None:
+    """All of it or nothing, and the first rank's alone: the disk may be what failed, and that must still be told."""
+    with suppress(OSError):
+        if path.parent.is_dir() and not path.exists():
+            try:
+                path.write_text(text, encoding="utf-8")
+            except OSError:
+                path.unlink(missing_ok=True)

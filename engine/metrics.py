@@ -4,8 +4,6 @@ metrics.jsonl is the record, one line a step; TensorBoard shows the same numbers
 MEASURED depend on the clock and the machine, all others on recipe and data alone and repeat bit for bit.
 """
 
-import json
-import os
 import resource
 import sys
 import time
@@ -23,6 +21,8 @@ from tqdm import tqdm
 from engine.config import Recipe, flat
 from engine.data.dataset import Dataset
 from engine.data.plan import Step
+from engine.events import Events
+from engine.record import Record
 
 MEASURED = ("time/", "memory/", "train/tokens_per_s", "train/target_tokens_per_s", "train/mfu")
 
@@ -170,14 +170,8 @@ class Log:
         self.began, self.done = time.perf_counter(), done
         if not speaks:
             return
-        path = folder / "metrics.jsonl"
-        _keep_steps(path, done)
-        self.file = path.open("a", encoding="utf-8")
-        self.events = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1 if done else 0, flush_secs=10)
+        self.record = Record(folder / "metrics.jsonl", done)
+        self.events = Events(folder / "tensorboard", done) if tensorboard else None
         self.bar = tqdm(total=num_steps, initial=done, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
 
     def say(self, text: str) -> None:
@@ -186,14 +180,12 @@ class Log:
             sys.stdout.flush()
 
     def step(self, step: int, scalars: dict[str, float]) -> None:
-        """One step's line. Written to the disk's cache before the step counts as done, so a kill loses none."""
+        """One step's line."""
         if not self.speaks:
             return
-        self.file.write(json.dumps({"step": step, **scalars}) + "\n")
-        self.file.flush()
+        self.record.add({"step": step, **scalars})
         if self.events:
-            for name, value in scalars.items():
-                self.events.add_scalar(name, value, step)
+            self.events.scalars(step, scalars)
         if step == 0:
             self.say(f"before training: {_judgement(scalars)}")
             return
@@ -211,18 +203,18 @@ class Log:
 
     def text(self, name: str, text: str, step: int) -> None:
         if self.speaks and self.events:
-            self.events.add_text(name, text, step)
+            self.events.text(name, text, step)
 
     def hparams(self, recipe: Recipe, results: dict[str, float]) -> None:
         """The recipe's options beside the final figures, for TensorBoard's table of runs."""
         if self.speaks and self.events:
             plain = {key: value if isinstance(value, (int, float, str, bool)) else str(value) for key, value in flat(recipe).items()}
-            self.events.add_hparams(plain, {f"final/{name}": value for name, value in results.items()}, run_name=".")
+            self.events.hparams(plain, {f"final/{name}": value for name, value in results.items()})
 
     def close(self) -> None:
         if self.speaks:
             self.bar.close()
-            self.file.close()
+            self.record.close()
             if self.events:
                 self.events.close()
 
@@ -230,22 +222,6 @@ class Log:
 def _judgement(scalars: dict[str, float]) -> str:
     exact = f", exact match {100 * scalars['validation/exact_match']:.1f} %" if "validation/exact_match" in scalars else ""
     return f"validation loss {scalars['validation/loss']:.4f}{exact}"
-
-
-def _keep_steps(path: Path, done: int) -> None:
-    """Drops the lines that a run wrote after the checkpoint it now goes on from, and a last line cut in the middle."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            if line.endswith("\n") and 0 < json.loads(line)["step"] <= done or (done and json.loads(line)["step"] == 0):
-                kept.append(line)
-        except ValueError:
-            continue
-    replacement = path.with_suffix(".tmp")
-    replacement.write_text("".join(kept), encoding="utf-8")
-    os.replace(replacement, path)
 
 
 def _clock(seconds: float) -> str:

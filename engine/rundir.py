@@ -4,8 +4,10 @@ import fcntl
 import json
 import os
 import platform
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -16,7 +18,8 @@ import torch
 
 from engine import config
 from engine.config import Recipe
-from engine.errors import ENVIRONMENT, EngineError
+from engine.errors import ENVIRONMENT, USER, EngineError
+from engine.publish import published
 
 PACKAGES = ("torch", "numpy", "sentencepiece", "safetensors", "omegaconf", "tensorboard", "tokenizers")
 
@@ -26,10 +29,14 @@ def choose(cfg: Recipe) -> Path:
 
     An unfinished run is gone on with, a finished one is kept as it is. All ranks look before any of them writes.
     """
-    number, path = 1, Path(cfg.run.folder) / cfg.run.name
-    while (path / "finished.json").exists():
-        number += 1
-        path = Path(cfg.run.folder) / f"{cfg.run.name}-{number}"
+    folder = Path(cfg.run.folder).expanduser()
+    number, path = 1, folder / cfg.run.name
+    try:
+        while (path / "finished.json").exists():
+            number += 1
+            path = folder / f"{cfg.run.name}-{number}"
+    except OSError as error:
+        raise EngineError("CONFIG-RUN", f"{path}: {error.strerror}; set run.folder and run.name to what can be a folder", USER) from error
     return path
 
 
@@ -40,11 +47,16 @@ def locked(path: Path, rank: int) -> Iterator[None]:
         yield
         return
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = (path / ".lock").open("w")
+        (path / "checkpoints").mkdir(parents=True, exist_ok=True)  # not made again later: a run that was moved away is missed
+        lock = (path / ".lock").open("a+", encoding="utf-8")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S %z')}")
+        lock.flush()
     except BlockingIOError as error:
-        raise EngineError("ENVIRONMENT-LOCK", f"{path}: another run is using it; wait for it, or choose another run.name", ENVIRONMENT) from error
+        lock.seek(0)
+        raise EngineError("ENVIRONMENT-LOCK", f"{path}: another run is using it, {lock.read() or 'one that has just begun'}; "
+                          "wait for it, or choose another run.name", ENVIRONMENT) from error
     except OSError as error:
         raise EngineError("ENVIRONMENT-RUN", f"{path}: cannot be written: {error}; set run.folder", ENVIRONMENT) from error
     with lock:
@@ -77,7 +89,8 @@ def write_ledger(path: Path, accounts: dict[str, dict[str, Any]], left_out: Iter
 
 def finish(path: Path, results: dict[str, float]) -> None:
     """Marks the run as finished, with its final figures; it will not be written to again."""
-    (path / "finished.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    with published(path / "finished.json") as building:  # half a mark would be one
+        building.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 def hardware() -> dict[str, Any]:

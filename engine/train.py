@@ -91,6 +91,7 @@ def main(argv: list[str]) -> int:
                                             "peak": peak_source})
         log = metrics.Log(run, start, num_steps, cfg.log.every_steps, cfg.log.tensorboard, speaks=world.is_first)
         if world.is_first:
+            checkpoint.prepare(run / "checkpoints", start, trained, cfg, num_steps, plan.steps_per_epoch)
             rundir.describe(run, cfg, {"base": {"name": cfg.model.path, "commit": base.commit}, **facts, **identity})
             rundir.write_ledger(run, ledger.accounts(rows, held_out, plan.times_trained(start), counted), ledger.left_out(rows, held_out))
         log.say(report.equation(run, cfg, base, plan, rows, num_steps, start, world.size, facts))

@@ -11,7 +11,7 @@ FLOORS = [
     {"errors", "tensorfile"},
     {"hub"},
     {"config", "arguments", "publish", "page"},
-    {"distributed", "dropout", "linear", "signals"},
+    {"distributed", "dropout", "linear", "signals", "record", "events", "space"},
     {"precision", "loss", "cpu_attention", "adamw_bf16"},
     {"attention"},
     {"models", "lora", "data"},

@@ -1,0 +1,59 @@
+"""TensorBoard's event files. They show what metrics.jsonl says, so a disk that refuses them costs a warning and never the run."""
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+class Events:
+    """
+    Args:
+        done: steps already done; points of later ones are hidden.
+    """
+
+    def __init__(self, folder: Path, done: int) -> None:
+        self.folder, self.writer = folder, None
+        self.plain_hook, threading.excepthook = threading.excepthook, self._not_of_tensorboard
+        with self._lost_at_most():
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(folder), purge_step=done + 1 if done else 0, flush_secs=10)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        with self._lost_at_most():
+            for name, value in values.items():
+                if self.writer:
+                    self.writer.add_scalar(name, value, step)
+
+    def text(self, name: str, text: str, step: int) -> None:
+        with self._lost_at_most():
+            if self.writer:
+                self.writer.add_text(name, text, step)
+
+    def hparams(self, options: dict[str, Any], results: dict[str, float]) -> None:
+        with self._lost_at_most():
+            if self.writer:
+                self.writer.add_hparams(options, results, run_name=".")
+
+    def close(self) -> None:
+        with self._lost_at_most():
+            if self.writer:
+                self.writer.close()
+        threading.excepthook = self.plain_hook
+
+    @contextmanager
+    def _lost_at_most(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.writer = None  # for good: its thread has ended
+            print(f"WARNING: {self.folder}: TensorBoard's files cannot be written ({error}); training goes on, metrics.jsonl has every number",
+                  file=sys.stderr, flush=True)
+
+    def _not_of_tensorboard(self, what: threading.ExceptHookArgs) -> None:
+        """Its thread's failure comes back at our next call, and is told there."""
+        if not type(what.thread).__module__.startswith("tensorboard."):
+            self.plain_hook(what)

@@ -1,0 +1,60 @@
+"""metrics.jsonl: one line a step, each on its way to the disk before the step counts as done, so that a kill loses none."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from engine.errors import ENVIRONMENT, EngineError
+
+
+class Record:
+    """
+    Args:
+        done: steps already done; lines of later ones, from a launch that was cut off, go.
+    """
+
+    def __init__(self, path: Path, done: int) -> None:
+        self.path = path
+        _keep_steps(path, done)
+        self.file = path.open("ab", buffering=0)
+
+    def add(self, line: dict[str, Any]) -> None:
+        """
+        Raises:
+            EngineError: the disk refuses, or the file that is written to is no longer the one of that name: the run's folder was moved
+                or deleted, and what is written from here on would be lost or make a second folder.
+        """
+        rest = (json.dumps(line) + "\n").encode()
+        try:
+            while rest:
+                rest = rest[self.file.write(rest):]
+            there = os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path))
+        except FileNotFoundError:
+            there = False
+        except OSError as error:
+            raise EngineError("ENVIRONMENT-RECORD", f"{self.path}: cannot be written: {error.strerror}; the checkpoints are untouched, "
+                              "the same command goes on from the newest", ENVIRONMENT) from error
+        if not there:
+            raise EngineError("ENVIRONMENT-MOVED", f"{self.path}: is not the file this run began: it or its folder was moved, deleted or replaced; "
+                              "put it back and start the same command again", ENVIRONMENT)
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _keep_steps(path: Path, done: int) -> None:
+    """Drops the lines that a run wrote after the checkpoint it now goes on from, and whatever is no line: one cut in the middle, zeros."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            step = json.loads(line)["step"]
+            if 0 < step <= done or (done and step == 0):
+                kept.append(line + b"\n")
+        except (ValueError, TypeError, LookupError):
+            continue
+    replacement = path.with_suffix(".tmp")
+    replacement.write_bytes(b"".join(kept))
+    os.replace(replacement, path)
