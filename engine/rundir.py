@@ -1,5 +1,6 @@
 """The run directory: which one, what it says of the run, and that one run at a time uses it."""
 
+import errno
 import fcntl
 import json
 import os
@@ -36,7 +37,7 @@ def choose(cfg: Recipe) -> Path:
             number += 1
             path = folder / f"{cfg.run.name}-{number}"
     except OSError as error:
-        raise EngineError("CONFIG-RUN", f"{path}: {error.strerror}; set run.folder and run.name to what can be a folder", USER) from error
+        raise _no_name(path, error) from error
     return path
 
 
@@ -58,6 +59,8 @@ def locked(path: Path, rank: int) -> Iterator[None]:
         raise EngineError("ENVIRONMENT-LOCK", f"{path}: another run is using it, {lock.read() or 'one that has just begun'}; "
                           "wait for it, or choose another run.name", ENVIRONMENT) from error
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise _no_name(path, error) from error
         raise EngineError("ENVIRONMENT-RUN", f"{path}: cannot be written: {error}; set run.folder", ENVIRONMENT) from error
     with lock:
         yield
@@ -108,6 +111,10 @@ def commit() -> str:
         return head + ("+changes" if dirty.stdout.strip() else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+
+
+def _no_name(path: Path, error: OSError) -> EngineError:
+    return EngineError("CONFIG-RUN", f"{path}: {error.strerror}; set run.folder and run.name to what can be a folder", USER)
 
 
 def _cpu_name() -> str:
