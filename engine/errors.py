@@ -98,8 +98,9 @@ def recorded(path: Path, rank: int) -> Iterator[None]:
         yield
     except BaseException as caught:
         error = caught
-        if isinstance(caught, OSError) and caught.errno in DISK:
-            error = EngineError("ENVIRONMENT-DISK", f"{caught.filename or path.parent}: {caught.strerror}; free some space, or set run.folder", ENVIRONMENT)
+        if isinstance(caught, OSError) and (caught.errno in DISK or not path.parent.is_dir()):
+            text = f"{caught.filename or path.parent}: {caught.strerror}; free some space, put back what was moved, or set run.folder"
+            error = EngineError("ENVIRONMENT-DISK", text, ENVIRONMENT)
         code = error.exit_code if isinstance(error, EngineError) else BUG
         detail = str(error) if isinstance(error, EngineError) else traceback.format_exc()
         record = {"exit_code": code, "rank": rank, "message": detail}

@@ -20,7 +20,7 @@ import torch
 from engine import config
 from engine.config import Recipe
 from engine.errors import ENVIRONMENT, USER, EngineError
-from engine.publish import published
+from engine.publish import fsync, published
 
 PACKAGES = ("torch", "numpy", "sentencepiece", "safetensors", "omegaconf", "tensorboard", "tokenizers")
 
@@ -49,6 +49,8 @@ def locked(path: Path, rank: int) -> Iterator[None]:
         return
     try:
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)  # not made again later: a run that was moved away is missed
+        for folder in (path, path.parent):  # checkpoints outlive a loss of power only if the names above theirs do
+            fsync(folder)
         lock = (path / ".lock").open("a+", encoding="utf-8")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         lock.truncate(0)

@@ -44,4 +44,4 @@ def _free(folder: Path) -> int | None:
         disk = os.statvfs(folder)
     except OSError:
         return None
-    return disk.f_bavail * disk.f_frsize
+    return disk.f_bavail * disk.f_frsize if disk.f_blocks else None  # some storage on a network does not say

@@ -493,6 +493,30 @@ def test_a_failure_is_told_though_it_cannot_be_noted(tmp_path):
     disks.child(run)
 
 
+def test_a_run_directory_that_is_gone_is_no_bug_of_ours(tmp_path):
+    with pytest.raises(EngineError) as caught, errors.recorded(tmp_path / "gone/last_error.json", 1):
+        (tmp_path / "gone/ledger.json").write_text("x")
+    assert caught.value.exit_code == ENVIRONMENT and not (tmp_path / "gone").exists()
+    with pytest.raises(EngineError) as caught, errors.recorded(tmp_path / "last_error.json", 1):
+        (tmp_path / "gone/ledger.json").write_text("x")
+    assert caught.value.exit_code == errors.BUG
+
+
+def test_the_names_above_the_checkpoints_are_synced(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(rundir, "fsync", synced.append)
+    with rundir.locked(tmp_path / "runs/run", 0):
+        assert synced == [tmp_path / "runs/run", tmp_path / "runs"] and (tmp_path / "runs/run/checkpoints").is_dir()
+
+
+def test_a_disk_that_does_not_say_is_not_held_to_be_full(tmp_path, monkeypatch):
+    space.check(tmp_path / "absent", 3, 1 << 60)
+    with pytest.raises(EngineError, match="bytes are free, expected"):
+        space.check(tmp_path, 3, 1 << 60)
+    monkeypatch.setattr(space.os, "statvfs", lambda path: os.statvfs_result([4096, 4096, 0, 0, 0, 0, 0, 0, 0, 255]))
+    space.check(tmp_path, 3, 1 << 60)
+
+
 def test_weights_that_find_no_room_are_an_error_of_the_disk(tmp_path):
     from engine import tensorfile
 
