@@ -10,6 +10,9 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +20,7 @@ from pathlib import Path
 import disks
 import pytest
 import torch
-from conftest import Ranks
+from conftest import ROOT, Ranks
 from test_resume import FULL, LONG, stop_after
 from test_torn import contents, snapshot
 
@@ -63,6 +66,7 @@ def train_with(arguments: list[str], at_step: int = 0, then: Callable[[], None] 
 
     def run() -> int:
         metrics.Log.step = step
+        threading.excepthook = threading.__excepthook__  # pytest's own keeps what a thread raises to itself
         return train.main(arguments)
 
     return run
@@ -156,6 +160,30 @@ def test_a_disk_that_would_fill_up_is_told_before_the_first_step(recipe, tmp_pat
         assert "ERROR E-ENVIRONMENT-SPACE" in log and "bytes are free, expected" in log and "for 3 checkpoints" in log
         assert (disk / "run/metrics.jsonl").read_text() == ""
         assert json.loads((disk / "run/last_error.json").read_text())["exit_code"] == ENVIRONMENT
+
+    disks.child(run)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("size, name", [(300_000, "ENVIRONMENT-SPACE"), (8 << 20, "ENVIRONMENT-CHECKPOINT")])
+def test_the_launcher_returns_code_4_of_two_ranks_with_one_line(recipe, tmp_path, size, name):
+    """The whole way, `engine.launch` and all: the disk is too small, or is filled by another while the ranks train."""
+
+    def run() -> None:
+        disk = disks.memory_disk(tmp_path / "runs", size)
+        command = [sys.executable, "-m", "engine.launch", "--standalone", "--nproc-per-node", "2", "-m", "engine.train", *recipe(*STEPS, "train.epochs=60")]
+        launched = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        record = disk / "run/metrics.jsonl"
+        while launched.poll() is None and not (record.exists() and len(record.read_text().splitlines()) > 3):
+            time.sleep(0.01)
+        if launched.poll() is None:
+            disks.fill(disk, 60_000)
+        _, said = launched.communicate(timeout=120)
+        assert launched.returncode == ENVIRONMENT, said
+        told = [line for line in said.splitlines() if line.startswith("ERROR E-")]  # of rank 0; the other only lost its peer
+        assert len(told) == 1 and name in told[0], said
+        assert json.loads((disk / "run/last_error.json").read_text())["exit_code"] == ENVIRONMENT
+        assert (disk / "run/checkpoints").is_dir() and not list((disk / "run/checkpoints").glob(".tmp*"))
 
     disks.child(run)
 
