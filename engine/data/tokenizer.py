@@ -9,14 +9,13 @@ import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from engine.data.formats import Message, Row
-from engine.data.memo import memo_of, ranges
+from engine.data.memo import joined, memo_of, ranges
 from engine.data.template import BOS, EOS, TEMPLATES
 from engine.errors import EngineError, extra
 
@@ -289,12 +288,6 @@ def _encode(pieces: dict[tuple[str, bool | None], int], tokenizer: Tokenizer) ->
         parts.append(ids)
         end += len(ids)
     return np.concatenate(parts), lengths, places, invaded
-
-
-def joined(lists: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Ids (int32) of all lists, end to end, and how many each has (int64)."""
-    lengths = np.fromiter(map(len, lists), np.int64, len(lists))
-    return np.fromiter(chain.from_iterable(lists), np.int32, int(lengths.sum())), lengths
 
 
 def prompt_ids(row: Row, template: str, tokenizer: Tokenizer, system: str | None = None) -> list[int]:
