@@ -213,6 +213,7 @@ def _batches(items: Iterator, size: int) -> Iterator[list]:
 def main() -> None:
     with suppress(AttributeError, OSError):  # not Linux: then it ends with its span
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan writes beside the next launch's build
+    os.putenv("TOKENIZERS_PARALLELISM", "false")  # workers are as many as cores; set for the library in this process, which looks there at each call
     message = json.loads(sys.stdin.readline())
     folder, job, tokenizer = Path(message["folder"]), Job(**message["job"]), load_tokenizer(*map(Path, message["tokenizer"]))
     for line in sys.stdin:

@@ -1,4 +1,4 @@
-"""The ids of a tokenizer.json, worked out once for each word: what stands between two spaces is looked up when it comes again.
+r"""The ids of a tokenizer.json, worked out once for each word: what stands between two spaces is looked up when it comes again.
 
 A text is cut before every space (U+0020) that follows a character which is no white space, and the chunks' ids, end to end, are the
 text's. This holds for the tokenizers known here, and for them alone a memo is made, because
