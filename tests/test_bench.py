@@ -33,7 +33,8 @@ def test_figures_of_sides_that_differ_are_not_printed(inputs, capsys, monkeypatc
     assert caught.value.exit_code == BUG and not capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("ids", "masks", "count"), [([1, 2, 3], [0, 1, 1], 0), ([1, 2, 4], [0, 1, 1], 1), ([1, 2, 3], [0, 0, 1], 1), ([5, 2, 4], [1, 1, 1], 2)])
+@pytest.mark.parametrize(("ids", "masks", "count"), [([1, 2, 3], [0, 1, 1], 0), ([1, 2, 4], [0, 1, 1], 1), ([1, 2, 3], [0, 0, 1], 1),
+                                                     ([5, 2, 4], [1, 1, 1], 2)])
 def test_rows_that_differ_are_counted(tmp_path, ids, masks, count):
     for name, values in (("one", ([1, 2, 3], [0, 1, 1])), ("other", (ids, masks))):
         (tmp_path / name).mkdir()
