@@ -40,7 +40,7 @@ from engine.errors import EngineError
 VERSION = 3  # of the arrays' meaning and of the code that makes them; a change makes old caches strangers
 FIRST_BYTES = 64 << 10  # of a first row that is kept as text, for templates to be compared on
 BATCH, BATCH_BYTES = 1024, 4 << 20  # rows tokenised in one call, about, and their bytes
-WORKER_BYTES = 1 << 20  # of text that are worth a process of their own, which takes a third of a second to start
+WORKER_BYTES = 2 << 20  # of text for each process, which takes a third of a second to start
 
 # A row's facts. `answer`: where its last answer's first token is, -1 for plain text. The hashes are of all ids and of those before the answer.
 ROW = np.dtype([("length", "i4"), ("targets", "i4"), ("answer", "i4"), ("line", "i8"), ("task", "i4"), ("flags", "u2"), ("all", "u8"), ("prompt", "u8")])
@@ -227,6 +227,7 @@ def _batches(items: Iterator[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]
 def main() -> None:
     with suppress(AttributeError, OSError):  # not Linux: then it ends with its span
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan writes beside the next launch's build
+    os.putenv("TOKENIZERS_PARALLELISM", "false")  # workers are as many as cores; set for the library in this process, which looks there at each call
     message = json.loads(sys.stdin.readline())
     folder, job, tokenizer = Path(message["folder"]), Job(**message["job"]), load_tokenizer(*map(Path, message["tokenizer"]))
     for line in sys.stdin:
