@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ import numpy as np
 
 from engine.data.formats import Message, Row
 from engine.data.memo import joined, memo_of, ranges
-from engine.data.template import BOS, EOS, TEMPLATES
+from engine.data.template import BOS, EOS, TEMPLATES, control_tokens
 from engine.errors import EngineError, extra
 
 # Files of a tokenizer, the last three for other tools to use it.
@@ -220,6 +221,14 @@ class Tokens:
     invaded: np.ndarray
 
 
+def tell_controls(template: str, tokenizer: Tokenizer) -> None:
+    """Has the tokenizer take a template's control tokens for such before it reads any text, so that ids do not hang on what it read
+    before. Some files do not mark them; those that it lacks are asked for where a row needs them."""
+    for name in control_tokens(template):
+        with suppress(EngineError):
+            tokenizer.special(name)
+
+
 def tokenise(rows: Sequence[Row], template: str, system: str | None, supervise: str, tokenizer: Tokenizer) -> Tokens:
     """Ids of rows that end with an answer, and which are learnt.
 
@@ -236,6 +245,7 @@ def tokenise(rows: Sequence[Row], template: str, system: str | None, supervise: 
     pieces: dict[tuple[str, bool | None], int] = {}  # the distinct ones of the batch: text, spaced or not, or control tokens (None), and their number
     segments, masks, starts, answers = [], [], [], []  # each segment's piece, and whether it is supervised; each row's first segment, its last answer's
     write, around = TEMPLATES[template], supervise == "all"
+    tell_controls(template, tokenizer)
     for row in rows:
         wanted, last = learnt(row, supervise), len(row.messages) - 1
         text_alone = row.messages[0].role == "text"
