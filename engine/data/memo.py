@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 KEPT_LETTERS = 64  # of a chunk; longer ones are hardly met again: a text of Chinese is one chunk
-KEPT_CHUNKS, KEPT_IDS = 1 << 18, 1 << 21  # a memo that has grown beyond begins anew; it takes 40 MB with words of ten letters
+KEPT_CHUNKS, KEPT_IDS = 1 << 18, 1 << 21  # a memo that has grown beyond begins anew; it takes 45 MB with words of ten letters
 JOINED = 256  # words of a text
 
 SPACE = "Ġ"  # as vocabularies of bytes write it
