@@ -17,8 +17,9 @@ from torch import Tensor
 from engine.cpu_attention import cpu_attention
 from engine.errors import EngineError
 
-# Documents share one call as long as the shortest is at least this share of the longest: little padding, few calls.
-SHORTEST_IN_CALL = 0.7
+# Documents share one call as long as the shortest is at least this share of the longest, or so few tokens shorter that
+# a call of its own would cost more: little filling, few calls. What fills up a packed sequence is such a short document.
+SHORTEST_IN_CALL, FEW_TOKENS = 0.7, 16
 
 
 def choose(requested: str, device: torch.device, arithmetic: torch.dtype) -> tuple[str, str]:
@@ -67,7 +68,8 @@ class PackedAttention:
         """
         groups: list[list[int]] = []
         for document in sorted(range(len(self.lengths)), key=lambda i: -self.lengths[i]):
-            if groups and self.lengths[document] >= SHORTEST_IN_CALL * self.lengths[groups[-1][0]]:
+            longest = self.lengths[groups[-1][0]] if groups else 0
+            if groups and self.lengths[document] >= min(SHORTEST_IN_CALL * longest, longest - FEW_TOKENS):
                 groups[-1].append(document)
             else:
                 groups.append([document])

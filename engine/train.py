@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
         rows, held_out = (dataset.load(cfg.data, of, tokenizer, cfg.train.seed) for of in ("train", "validation"))
         dataset.check_fit(rows, tokenizer, family, len(cfg.model.add_tokens))
         if rank == 0:
-            chat_template.check(source, cfg.data, tokenizer)
+            chat_template.check(source, cfg.data, tokenizer, dataset.first_row(cfg.data))
         plan = Plan(rows.lengths, rows.targets, cfg.data.max_length, cfg.train.global_batch, cfg.data.packing,
                     cfg.data.shuffle, cfg.train.seed, cfg.train.epochs)
         num_steps = min(plan.num_steps, cfg.train.max_steps or plan.num_steps)

@@ -81,9 +81,9 @@ def test_ids_equal_transformers(bpe):
 
 @pytest.mark.parametrize(("line", "words"), [
     (b'{"instruction": "a", "output": "b"', ":2:35: not JSON"), (b"[1]", ":2:1: got a list, expected an object"),
-    (b'{"instruction": "a"}', ':2: "output": got no such field'), (b'{"instruction": "a", "output": 5}', ':2: "output": got 5, expected text'),
-    (b'{"instruction": null, "output": "b"}', ':2: "instruction": got null'), (b'{"instruction": "\xff", "output": "b"}', ":2:18: byte 0xff is not UTF-8"),
-    (b'{"instruction": "a", "output": "b", "input": []}', ':2: "input": got []'),
+    (b'{"instruction": "a"}', ':2:1: "output": got no such field'), (b'{"instruction": "a", "output": 5}', ':2:32: "output": got 5, expected text'),
+    (b'{"instruction": null, "output": "b"}', ':2:17: "instruction": got null'), (b'{"instruction": "\xff", "output": "b"}', ":2:18: byte 0xff is not UTF-8"),
+    (b'{"instruction": "a", "output": "b", "input": []}', ':2:46: "input": got []'),
     (rb'{"instruction": "a", "output": "\ud83d"}', ':2:33: half a character (\\ud83d'),
 ])
 def test_a_bad_row_is_named_by_path_and_line(recipe, tmp_path, line, words):

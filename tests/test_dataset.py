@@ -15,12 +15,13 @@ from conftest import ROOT, ragged_rows, write_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engine import train
 from engine.config import Data
 from engine.data import build, dataset, ledger
 from engine.data.loader import Loader
 from engine.data.plan import Plan
 from engine.data.tokenizer import load_tokenizer
-from engine.errors import BUG, EngineError
+from engine.errors import BUG, CHECKPOINT, EngineError
 
 
 @pytest.fixture
@@ -125,7 +126,7 @@ def test_bad_rows_are_errors_that_name_all_of_them_or_are_listed(load, tmp_path)
     found = load(str(path), on_bad_row="skip")
     entry = ledger.account(found)["files"][0]
     assert (entry["records"], entry["rejected"], entry["rows"], entry["kept"]) == (4, 2, 2, 2)
-    assert [one["row"] for one in ledger.left_out(found)] == [f"{path}:2", f"{path}:4:2"] and [found.where(row) for row in (0, 1)] == [f"{path}:1", f"{path}:5"]
+    assert [one["row"] for one in ledger.left_out(found)] == [f"{path}:2:17", f"{path}:4:2"] and [found.where(row) for row in (0, 1)] == [f"{path}:1", f"{path}:5"]
 
 
 def long_rows(tmp_path) -> Path:
@@ -183,12 +184,14 @@ def test_a_directory_and_a_glob_are_sources(load, tmp_path, capsys):
        global_batch=st.integers(1, 7), epochs=st.integers(1, 3), cuts=st.lists(st.integers(0, 60), max_size=3), packing=st.booleans(),
        repeat=st.integers(1, 2), bad=st.integers(0, 2))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_the_ledger_balances_for_any_lengths_ranks_resumes_and_epochs(tiny, tmp_path, lengths, too_long, size, global_batch, epochs, cuts, packing, repeat, bad):
+def test_the_ledger_balances_for_any_lengths_ranks_resumes_and_epochs(tiny, tmp_path, lengths, too_long, size, global_batch, epochs, cuts, packing,
+                                                                      repeat, bad):
     """Rows trained as ranks count them, launch after launch, are the rows that the plan says; each lies in the file with its fate."""
     path = tmp_path / "ledger.jsonl"
     rows = [{"instruction": "cat " * (length // 3), "output": "dog " * (length - length // 3)} for length in lengths]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{}\n" * bad)
-    cfg = Data(train=[{"path": str(path), "repeat": repeat}], max_length=48, too_long=too_long, on_bad_row="skip", packing=packing, cache=str(tmp_path / "cache"))
+    cfg = Data(train=[{"path": str(path), "repeat": repeat}], max_length=48, too_long=too_long, on_bad_row="skip", packing=packing,
+               cache=str(tmp_path / "cache"))
     try:
         found = dataset.load(cfg, "train", load_tokenizer(tiny))
     except EngineError as error:
@@ -214,3 +217,76 @@ def test_the_ledger_balances_for_any_lengths_ranks_resumes_and_epochs(tiny, tmp_
     with pytest.raises(EngineError) as caught:
         ledger.compare(account, counted + ledger.Counts(documents=1))
     assert caught.value.exit_code == BUG
+
+
+def test_rows_that_change_under_a_run_change_nothing_in_it_and_are_refused_after_it(recipe, ranks, tmp_path):
+    """A run trains what it read at its start: the cache cannot be written to by a change of the file."""
+    from test_resume import stop_after
+
+    from engine import metrics
+
+    path = tmp_path / "rows.jsonl"
+    before = dataset.survey(path).sha256
+    changed = metrics.Log.step
+
+    def change(self, number, scalars):
+        if number == 1:
+            path.write_text(path.read_text() + '{"instruction": "a", "output": "b"}\n')
+        changed(self, number, scalars)
+
+    def run() -> int:
+        metrics.Log.step = change
+        return stop_after(2, recipe())
+
+    assert ranks(1, run).wait() == [75]
+    ledger_found = json.loads((tmp_path / "runs/run/ledger.json").read_text())["train"]
+    assert ledger_found["files"][0]["sha256"] == before and ledger_found["files"][0]["records"] == 23 and dataset.survey(path).lines == 24
+    with pytest.raises(EngineError, match="data: .* → ") as caught:
+        train.main(recipe())
+    assert caught.value.exit_code == CHECKPOINT
+
+
+def test_fewer_rows_than_a_global_batch_are_a_smaller_step(recipe, trained, tmp_path):
+    write_rows(tmp_path / "rows.jsonl", ragged_rows(3))
+    trained(2, recipe("train.epochs=2"))
+    lines = [json.loads(line) for line in (tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert json.loads((tmp_path / "runs/run/ledger.json").read_text())["train"]["files"][0]["trained"] == {"2": 3}
+
+
+MEASURE = """
+import json, sys
+import torch
+from pathlib import Path
+from engine.config import Data
+from engine.data import dataset, ledger
+from engine.data.loader import Loader
+from engine.data.plan import Plan
+from engine.data.tokenizer import load_tokenizer
+
+def high_water(process="self"):
+    return next(int(line.split()[1]) // 1024 for line in open(f"/proc/{process}/status") if line.startswith("VmHWM"))
+
+before = high_water()
+rows = dataset.load(Data(train=sys.argv[1], max_length=512, cache=sys.argv[2], workers=2), "train", load_tokenizer(Path(sys.argv[3])))
+plan = Plan(rows.lengths, rows.targets, 512, 64, True, True, 0, 1)
+counted = ledger.Counts()
+for step, batches in Loader(rows, plan, 0, 1, 8, lambda tokens, *_: tokens, torch.device("cpu"), 0, plan.num_steps):
+    counted += ledger.Counts.of(batches)
+ledger.accounts(rows, None, plan.times_trained(plan.num_steps), counted)
+print(json.dumps([len(rows), before, high_water()]))
+"""
+
+
+def test_memory_grows_by_little_more_than_the_facts_of_rows(tiny, tmp_path):
+    """Reading, planning and an epoch of 80,000 rows; what a row costs is what a million may cost: 600 MB with torch's own 250."""
+    costs = []
+    for count in (20_000, 80_000):
+        path = write_rows(tmp_path / f"{count}.jsonl", ragged_rows(1000) * (count // 1000))
+        command = [sys.executable, "-c", MEASURE, str(path), str(tmp_path / "cache"), str(tiny)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        costs.append(json.loads(done.stdout))
+    (few, base, peak_of_few), (many, _, peak_of_many) = costs
+    a_million = (peak_of_many - peak_of_few) / (many - few) * 1e6
+    assert peak_of_few + a_million < 600, f"a million rows would take {peak_of_few} + {a_million:.0f} MB"
+    assert base < peak_of_few <= peak_of_many

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine.attention import PackedAttention
-from engine.data.loader import AHEAD, Loader, collate, empty
+from engine.data.loader import AHEAD, Loader, collate
 from engine.data.plan import Plan
 from engine.loss import summed_cross_entropy
 from engine.models import weights
@@ -107,6 +107,13 @@ def test_targets_are_the_next_token_of_the_same_document(packing):
         assert per_source.tolist() == [int(rows.targets[inside][rows.source[inside] == source].sum()) for source in range(3)]
 
 
+def test_nothing_is_predicted_across_documents():
+    rows = documents(3)
+    rows.supervised = [np.ones(length, dtype=bool) for length in rows.lengths]
+    batch = collate(rows, [np.asarray([0, 1]), np.asarray([2])], [0, 1], CPU, 97)
+    assert len(batch.at) == rows.lengths.sum() - 3 and (batch.positions[batch.at + 1] > 0).all()
+
+
 def test_packed_sequences_have_one_shape_and_padding_is_a_document_without_targets():
     rows = documents(50)
     plan = plan_of(rows, True)
@@ -132,9 +139,11 @@ def test_packed_sequences_have_one_shape_and_padding_is_a_document_without_targe
 def test_a_rank_without_sequences_gets_one_token_without_a_target():
     rows = documents(3)
     plan = Plan(rows.lengths, rows.targets, 64, 8, False, True, 0, 1)
-    ((_, (batch,)),) = [next(iter(loader_of(rows, plan, rank, 4))) for rank in range(4) if len(loader_of(rows, plan, rank, 4)._prepare(0)[1][0].ids) == 1]
-    assert batch.documents == batch.lengths == [1] and len(batch.targets) == len(batch.sources) == 0
-    assert [field.shape for field in (empty(CPU).ids, empty(CPU).at)] == [(1,), (0,)]
+    idle = [batches for rank in range(4) for step, batches in loader_of(rows, plan, rank, 4) if not set(batches[0].ids.tolist()) - {0}]
+    assert len(idle) == 1
+    ((batch,),) = idle
+    assert batch.ids.shape == batch.positions.shape == (1,) and batch.documents == batch.lengths == [1]
+    assert len(batch.at) == len(batch.targets) == len(batch.sources) == 0
 
 
 @pytest.mark.parametrize("path", ["sdpa", "reference"])

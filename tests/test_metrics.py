@@ -104,3 +104,30 @@ def test_attention_flops_are_those_of_the_pairs_that_see_each_other(tiny):
     flops.windows = (None, 20, 20)
     seen = 100**2 / 2 + 50**2 / 2 + 2 * (20 * 100 - 20**2 / 2 + 20 * 50 - 20**2 / 2)
     assert flops.of(0, 0, np.array([100, 50])) == (2 + 5) * 2 * seen * 32
+
+
+def test_losses_and_shares_by_source_add_up_to_the_whole(recipe, trained, tiny, tmp_path):
+    """Two sources of different formats and lengths; their losses weighed by their shares of the targets are the loss."""
+    write_rows(tmp_path / "a.jsonl", ragged_rows(9, 1))
+    turns = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "blue cat"}, {"role": "user", "content": "dog"},
+             {"role": "assistant", "content": "fish fish fish"}]
+    write_rows(tmp_path / "b.jsonl", [{"messages": turns}] * 5 + [{"messages": turns[:2]}] * 4)
+    sources = f"[{{path: {tmp_path}/a.jsonl, weight: 1}}, {{path: {tmp_path}/b.jsonl, format: messages, name: chats, weight: 2}}]"
+    trained(2, recipe(f"data.train={sources}", f"data.validation=[{{path: {tmp_path}/a.jsonl}}, {{path: {tmp_path}/b.jsonl, format: messages, name: chats}}]",
+                      "data.packing=true", "train.global_batch=2", "train.epochs=2", "data.template=llama2", "data.max_length=96"))
+    lines = [json.loads(line) for line in (tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()]
+    events = EventAccumulator(str(tmp_path / "runs/run/tensorboard")).Reload()
+    for line in lines[1:]:
+        assert sum(line[f"train/share/{name}"] for name in ("a", "chats")) == pytest.approx(1, abs=1e-12)
+        weighed = sum(line[f"train/share/{name}"] * line.get(f"train/loss/{name}", 0) for name in ("a", "chats"))
+        assert weighed == pytest.approx(line["train/loss"], rel=1e-6) and line["train/targets"] * line["train/share/a"] == pytest.approx(
+            round(line["train/targets"] * line["train/share/a"]), abs=1e-6)
+    rows = load_dataset(f"{tmp_path}/b.jsonl", load_tokenizer(tiny), "llama2", 96, "error", tmp_path / "cache", format="messages")
+    plain = load_dataset(tmp_path / "a.jsonl", load_tokenizer(tiny), "llama2", 96, "error", tmp_path / "cache")
+    counts = {"chats": int(rows.targets.sum()), "a": int(plain.targets.sum())}
+    for line in (line for line in lines if "validation/loss" in line):
+        weighed = sum(line[f"validation/loss/{name}"] * count for name, count in counts.items()) / sum(counts.values())
+        assert weighed == pytest.approx(line["validation/loss"], rel=1e-6)
+    assert {"train/loss/chats", "train/share/chats", "validation/loss/chats"} <= set(events.Tags()["scalars"])
+    ledger = json.loads((tmp_path / "runs/run/ledger.json").read_text())["train"]
+    assert [file["trained"] for file in ledger["files"]] == [{"2": 9}, {"4": 9}], "18 rows of the second to 9 of the first, two epochs"

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engine import train
+from engine.data import ledger
 from engine.errors import CHECKPOINT, PREEMPTED, EngineError
 from engine.metrics import MEASURED
 
@@ -120,14 +121,33 @@ def test_asked_to_stop_saves_and_goes_on(recipe, ranks, trained, tmp_path):
     assert result(tmp_path / "runs/cut") == result(tmp_path / "runs/whole")
 
 
-def test_resume_at_another_world_size_goes_on_with_the_same_rows(recipe, ranks, trained, tmp_path):
-    trained(2, recipe(*FULL, *LONG, name="whole"))
-    assert set(ranks(2, lambda: stop_after(4, recipe(*FULL, *LONG, name="cut"))).wait()) == {PREEMPTED}
-    trained(1, recipe(*FULL, *LONG, name="cut"))
-    for one, other in zip(*((json.loads(line) for line in (tmp_path / f"runs/{name}/metrics.jsonl").read_text().splitlines())
-                            for name in ("whole", "cut")), strict=True):
-        assert one["step"] == other["step"] and one.get("train/tokens") == other.get("train/tokens")
-        assert one["train/loss"] == pytest.approx(other["train/loss"], rel=1e-5)
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_resume_at_another_world_size_goes_on_with_the_same_rows(recipe, ranks, trained, tmp_path, monkeypatch, packing):
+    """Stopped at two ranks, gone on with at 4, 3 (which divides nothing) and 1, again and again: every step trains the documents
+    that the uninterrupted run trained, in its order, to the same loss."""
+    planned = tmp_path / "order.jsonl"
+    as_planned = ledger.as_planned
+
+    def noted(step, counts):  # as ranks trained it: numbers and tokens are summed over them
+        with planned.open("a") as file:
+            file.write(json.dumps([step.number, *(int(count) for count in counts)]) + "\n")
+        return as_planned(step, counts)
+
+    monkeypatch.setattr(ledger, "as_planned", noted)
+    options = (*FULL, *LONG, "optim.lr=1e-3", f"data.packing={packing}")
+    trained(2, recipe(*options, name="whole"))
+    for size, stop in ((2, 2), (4, 4), (1, 6), (3, 8)):
+        assert set(ranks(size, lambda stop=stop: stop_after(stop, recipe(*options, name="cut"))).wait()) == {PREEMPTED}
+    trained(4, recipe(*options, name="cut"))
+    whole, cut = ([json.loads(line) for line in (tmp_path / f"runs/{name}/metrics.jsonl").read_text().splitlines()] for name in ("whole", "cut"))
+    assert [line["step"] for line in whole] == [line["step"] for line in cut] and len(whole) > 8
+    for one, other in zip(whole, cut, strict=True):
+        assert one["train/tokens"] == other["train/tokens"] and one["train/targets"] == other["train/targets"]
+        assert one["train/loss"] == pytest.approx(other["train/loss"], rel=1e-6)
+    steps = {tuple(json.loads(line)) for line in planned.read_text().splitlines()}
+    assert len(steps) == len(whole), "two runs trained different documents in a step"
+    ledgers = [json.loads((tmp_path / f"runs/{name}/ledger.json").read_text()) for name in ("whole", "cut")]
+    assert ledgers[0] == ledgers[1] and ledgers[0]["train"]["files"][0]["trained"] == {"4": 23}
 
 
 def test_dropout_does_not_depend_on_the_split(recipe, trained, tmp_path):

@@ -21,9 +21,10 @@ from engine import config, evaluate
 from engine import generate as command
 from engine.config import Data
 from engine.data import chat_template, dataset
-from engine.data.chat_template import difference, own_template, render
+from engine.data.chat_template import as_chat, difference, own_template, render
+from engine.data.formats import BadRow, Message, Row
 from engine.data.template import TEMPLATES, question
-from engine.data.tokenizer import end_of, load_tokenizer, prompt_ids, stops
+from engine.data.tokenizer import end_of, load_tokenizer, prompt_ids, stops, tokenise
 from engine.errors import SECURITY, USER, EngineError
 
 JINJA = ROOT / "tests" / "chat_templates"
@@ -120,7 +121,7 @@ def ids_of_own_template(jinja: str, folder: Path, tokenizer, messages: list[dict
     names = re.compile("|".join(map(re.escape, sorted(tokenizer.specials(), key=len, reverse=True))))
     hidden: list[str] = []
     stand_in = lambda found: (hidden.append(found[0]), chr(0xE000 + len(hidden) - 1))[1]  # noqa: E731
-    messages = [{"role": one["role"], "content": names.sub(stand_in, one["content"])} for one in messages]
+    messages = [{**one, "content": names.sub(stand_in, one["content"])} for one in messages]
     text = fast.apply_chat_template(messages, chat_template=jinja, tokenize=False, date_string="26 Jul 2024", **more)
     ids = []
     for number, chunk in enumerate(re.split(f"({names.pattern})", text)):
@@ -128,7 +129,7 @@ def ids_of_own_template(jinja: str, folder: Path, tokenizer, messages: list[dict
         if number % 2:
             ids.append(tokenizer.special(chunk))
         elif whole:
-            ids += text_ids(tokenizer, whole, begins=ids in ([], [1]))
+            ids += text_ids(tokenizer, whole, begins=ids[-1:] in ([], [1]))
     if not hidden and hasattr(tokenizer, "added"):
         assert ids == fast(text, add_special_tokens=False)["input_ids"], "this is what transformers makes of its own text"
     return ids
@@ -170,21 +171,146 @@ def test_ids_are_those_of_the_models_own_template(folders, tmp_path, own, kind, 
             assert supervised == [False] * len(prompt) + [True] * (len(ids) - len(prompt)) and ids[len(prompt) :].count(end) == 1 and ids[-1] == end
 
 
+U, A, T = (lambda text, role=role, **more: Message(role, text, **more) for role in ("user", "assistant", "tool"))
+CALL = {"name": "weather", "arguments": {"city": "北京 🌧", "days": [1, 2.5, None, True], "note": "a \"b\"\n"}}
+TALKS = [
+    (U("Name a cat."), A("Tom"), U("Which one runs?", input="red dog\nblue fish"), A("The dog.\n\nIt runs.")),
+    (U(" padded \n"), A(" out \n"), U("x"), A("y"), U("用中文回答"), A("猫是红色的。 🐟")),
+    (U("say </s><|im_end|>"), A("<|eot_id|> b [/INST]"), U("<s>[INST] a"), A("</s>")),
+]
+TOOLS = [
+    (U("Rain?"), A("", calls=(CALL,)), T('{"rain": "é"}\n'), A("Yes."), U("Sure?"), A("I am.\n")),
+    (U("Rain?"), A("", calls=(CALL,)), T("1"), T(" 2 "), A("", calls=({"name": "now", "arguments": {}},)), T(""), A("No.")),
+    (U("Rain?"), A("", calls=(CALL,))),
+]
+TALKATIVE = (U("Rain?"), A("I look.", calls=(CALL, CALL)), T("1"), T("2"), A("No."))
+CONVERSATIONS = [(*one, talk) for one in OWN for talk in [*TALKS, *(TOOLS if one[3] in ("qwen", "qwen3", "llama3.1") else []),
+                                                         *([TALKATIVE] if one[3] in ("qwen", "qwen3") else [])] if one[0] != "qwen2" or talk in TALKS]
+
+
+def runs(mask: list[bool]) -> list[tuple[int, int]]:
+    """Where supervised tokens begin and end."""
+    edges = [place for place in range(len(mask) + 1) if (place < len(mask) and mask[place]) != (place > 0 and mask[place - 1])]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+@pytest.mark.parametrize(("own", "kind", "family", "template", "unasked", "talk"), CONVERSATIONS)
+def test_conversations_are_those_of_the_models_own_template(folders, own, kind, family, template, unasked, talk):
+    folder = folders(kind, family)
+    tokenizer, jinja = load_tokenizer(folder), (JINJA / f"{own}.jinja").read_text()
+    theirs = lambda messages, **more: ids_of_own_template(jinja, folder, tokenizer, messages, **more)  # noqa: E731
+    for asked_of_row, asked_of_recipe in ((None, unasked), (None, "Be brief. 简洁"), ("Be brief. 简洁", "unheard"), ("Be brief. 简洁", None)):
+        row = Row(1, (Message("system", asked_of_row), *talk) if asked_of_row else talk)
+        system = asked_of_row or (asked_of_recipe if asked_of_recipe != unasked else None)
+        messages = [as_chat(message) for message in talk]
+        given = [{"role": "system", "content": system}] if system else []
+        prompt = prompt_ids(row, template, tokenizer, asked_of_recipe)
+        assert prompt == theirs(given + messages[:-1], add_generation_prompt=True, enable_thinking=False)
+        if own == "mistral":  # its own template leaves the system prompt out where there is an answer
+            whole = prompt + theirs(messages)[len(theirs(messages[:-1])) :]
+        else:
+            whole = theirs(given + messages)
+        assert prompt == prompt_ids(Row(1, row.messages[:-1]), template, tokenizer, asked_of_recipe), "with and without the answer"
+
+        tokens = {supervise: tokenise([row], template, asked_of_recipe, supervise, tokenizer) for supervise in ("answers", "last", "all")}
+        ids = tokens["answers"].ids.tolist()
+        assert ids == whole[: len(ids)] and tokenizer.decode(whole[len(ids) :]).strip() == "" and ids[-1] == end_of(template, tokenizer)
+        assert all(one.ids.tolist() == ids and one.lengths.tolist() == [len(ids)] and one.answers.tolist() == [len(prompt)] for one in tokens.values())
+        answers = [message for message in talk if message.role == "assistant"]
+        learnt = runs(tokens["answers"].supervised.tolist())
+        assert len(learnt) == len(answers) and learnt[-1] == (len(prompt), len(ids)) and runs(tokens["last"].supervised.tolist()) == learnt[-1:]
+        for (start, end), message in zip(learnt, answers, strict=True):
+            assert ids[end - 1] == end_of(template, tokenizer) not in ids[start : end - 1], "an answer ends with its end, learnt, and nothing after it"
+            assert tokenizer.decode(ids[start : end - 1]).strip() == message.content.strip() or message.calls
+        around = [place for place, number in enumerate(ids) if number in tokenizer.prefix]
+        assert runs(tokens["all"].supervised.tolist())[0][0] == max(1, len(tokenizer.prefix))
+        assert tokens["all"].supervised.sum() == len(ids) - max(1, len(around)), "all but what begins a sequence, or else its first token"
+
+
+@pytest.mark.parametrize("template", ["alpaca", "plain"])
+@pytest.mark.parametrize("kind", ["bpe", "metaspace", "sentencepiece"])
+def test_blocks_of_text_repeat_and_each_answer_ends(folders, template, kind):
+    tokenizer = load_tokenizer(folders(kind, "llama2"))
+    talk = (U("red", input="dog"), A("cat"), U("blue"), A(" fish\n"))
+    tokens = tokenise([Row(1, talk)], template, None, "answers", tokenizer)
+    first, second = (tokenise([Row(1, talk[at : at + 2])], template, None, "answers", tokenizer) for at in (0, 2))
+    begins = len(tokenizer.prefix)
+    assert tokens.ids.tolist() == [*first.ids, *second.ids[begins:]] and tokens.supervised.tolist() == [*first.supervised, *second.supervised[begins:]]
+    assert first.ids[-1] == second.ids[-1] == tokenizer.eos and first.supervised[-1] and tokens.answers[0] == len(first.ids) + second.answers[0] - begins
+
+
+def test_what_a_message_says_of_itself_goes_before(folders):
+    tokenizer = load_tokenizer(folders("bpe", "chatml"))
+    show = lambda row, supervise: [tokenizer.show(found.ids[start:end].tolist()) for found in [tokenise([row], "chatml", None, supervise, tokenizer)]  # noqa: E731
+                                   for start, end in runs(found.supervised.tolist())]
+    for mine, answers, last in ((None, ["b<|im_end|>", "d<|im_end|>"], ["d<|im_end|>"]), (False, ["d<|im_end|>"], ["d<|im_end|>"]),
+                                (True, ["b<|im_end|>", "d<|im_end|>"], ["b<|im_end|>", "d<|im_end|>"])):
+        row = Row(1, (U("a"), A("b", train=mine), U("c"), A("d")))
+        assert show(row, "answers") == answers and show(row, "last") == last
+    asked = Row(1, (U("a", train=True), A("b"), U("c"), A("d", train=False)))
+    assert show(asked, "answers") == ["user\na", "b<|im_end|>"] and show(asked, "last") == ["user\na"]
+    whole = "".join(show(Row(1, (U("a"), A("b"), U("c"), A("d"))), "all"))
+    assert whole == "user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\nd<|im_end|>"
+    assert show(Row(1, (U("a", train=False), A("b", train=False))), "all") == ["<|im_end|>\n<|im_start|>assistant\n"]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("kind", ["bpe", "metaspace", "sentencepiece"])
+def test_plain_text_is_itself_and_its_end_whatever_the_template(folders, template, kind):
+    tokenizer = load_tokenizer(folders(kind, "llama2"))
+    for text in ("red dog </s>", " 红\n", "a"):
+        tokens = tokenise([Row(1, (Message("text", text),))], template, None, "last", tokenizer)
+        ids = [*tokenizer.prefix, *tokenizer.encode(text), tokenizer.eos]
+        assert tokens.ids.tolist() == ids and tokens.supervised.tolist() == [False] + [True] * (len(ids) - 1) and tokens.answers.tolist() == [-1]
+        assert prompt_ids(Row(1, (Message("text", text),)), template, tokenizer) == ids[:-1]
+
+
+def test_a_batch_is_its_rows_end_to_end(folders):
+    tokenizer = load_tokenizer(folders("bpe", "qwen3"))
+    rows = [Row(number, (Message("system", "s"), *talk) if number % 2 else talk) for number, talk in enumerate([*TALKS, *TOOLS, TALKATIVE] * 3)]
+    rows += [Row(99, (Message("text", "a b"),)), Row(100, (U("a"), A("", train=False)))]
+    for supervise in ("answers", "last", "all"):
+        batch, apart = tokenise(rows, "qwen3", "brief", supervise, tokenizer), [tokenise([row], "qwen3", "brief", supervise, tokenizer) for row in rows]
+        for name, kind in (("ids", "int32"), ("supervised", "bool"), ("lengths", "int32"), ("answers", "int32")):
+            assert getattr(batch, name).dtype == kind and getattr(batch, name).tolist() == [one for part in apart for one in getattr(part, name).tolist()]
+    assert all(len(one) == 0 for one in vars(tokenise([], "qwen3", None, "all", tokenizer)).values())
+
+
+def test_rows_that_a_template_has_no_place_for_are_refused_by_name(folders):
+    tokenizer = load_tokenizer(folders("bpe", "llama3"))
+    for template in TEMPLATES:
+        for talk in TOOLS:
+            if template in ("chatml", "qwen", "qwen3", "llama3.1"):
+                TEMPLATES[template].check(Row(7, talk))
+                continue
+            with pytest.raises(BadRow, match=f"row 7 uses tools; the template {template} has no form for them, these have: chatml, llama3.1, qwen, qwen3"):
+                TEMPLATES[template].check(Row(7, talk))
+            with pytest.raises(BadRow):
+                tokenise([Row(7, talk)], template, None, "answers", tokenizer)
+    for template in ("alpaca", "plain"):
+        with pytest.raises(BadRow, match=f"row 7 has a system message; the template {template} has no place for one"):
+            tokenise([Row(7, (Message("system", "s"), U("a"), A("b")))], template, None, "answers", tokenizer)
+    with pytest.raises(BadRow, match="row 7 has an answer with text and 2 calls of tools; the template llama3.1 writes one call and nothing besides"):
+        tokenise([Row(7, TALKATIVE)], "llama3.1", None, "answers", tokenizer)
+
+
 @pytest.mark.parametrize(("own", "kind", "family", "template", "unasked"), OWN, ids=[f"{one[0]}-{one[1]}" for one in OWN])
-def test_the_check_knows_when_they_agree_and_what_would(folders, tmp_path, own, kind, family, template, unasked):
+def test_the_check_knows_when_they_agree_and_what_would(folders, own, kind, family, template, unasked):
     folder, jinja = folders(kind, family), (JINJA / f"{own}.jinja").read_text()
     tokenizer = load_tokenizer(folder)
-    for row in (ROWS[1], ROWS[-1]):
-        rows = str(write_rows(tmp_path / "rows.jsonl", [row]))
+    for row in (a_row(**ROWS[1]), a_row(**ROWS[-1]), Row(1, TALKS[0] * 9)):
         for system in (unasked, "Be brief."):
-            assert difference(jinja, folder, Data(rows, template=template, system=system), tokenizer) is None
-        found = difference(jinja, folder, Data(rows, template="alpaca"), tokenizer)
+            assert difference(jinja, folder, Data(template=template, system=system), tokenizer, row) is None
+        found = difference(jinja, folder, Data(template="alpaca"), tokenizer, row)
         advice = f"data.template={template}" + (f' with data.system="{unasked}"' if unasked else "") + " would be the same"
         if own == "qwen2":
             advice = advice.replace("=qwen", "=chatml")  # with a system prompt they are one
         assert found.endswith(f"; {advice}") and "\n" not in found
+    for talk in [*TOOLS, TALKATIVE] if template in ("qwen", "qwen3", "llama3.1") and own != "qwen2" else []:
+        if template != "llama3.1" or talk is not TALKATIVE:
+            assert difference(jinja, folder, Data(template=template), tokenizer, Row(1, (Message("system", "Be brief."), *talk))) is None
     for changed in (f"Z{jinja}", f"{jinja}{{% if not add_generation_prompt %}}Z{{% endif %}}"):
-        found = difference(changed, folder, Data(rows, template=template, system=unasked), tokenizer)
+        found = difference(changed, folder, Data(template=template, system=unasked), tokenizer, row)
         assert found.endswith("none of ours would be the same") and "Z" in found.split("where its own has")[1]
 
 
@@ -384,14 +510,14 @@ def test_what_templates_of_transformers_may_use_and_no_clock():
         render("{{ strftime_now('%Y') }}", [{"messages": []}])
 
 
-def test_the_check_is_quick(folders, tmp_path):
-    rows = str(write_rows(tmp_path / "rows.jsonl", [{"instruction": "红 猫 " * 50_000, "input": "", "output": "b " * 50_000}]))
+def test_the_check_is_quick(folders):
+    row = Row(1, (U("红 猫 " * 50_000), A("b " * 50_000)) * 500)
     folder, jinja = folders("bpe", "chatml"), (JINJA / "smollm2.jinja").read_text()
     tokenizer = load_tokenizer(folder)
 
     def seconds() -> float:
         began = time.perf_counter()
-        assert difference(jinja, folder, Data(rows, template="alpaca"), tokenizer)
+        assert difference(jinja, folder, Data(template="alpaca"), tokenizer, row)
         return time.perf_counter() - began
 
     assert min(seconds() for _ in range(3)) < 0.3

@@ -1,9 +1,10 @@
 """From rows on disk to the micro-batches of a step.
 
-formats    JSONL row -> messages                    (knows files)
+reading    files -> records, each with its line     (knows files; strict: JSON; parquet: the extra)
+formats    record -> row of messages                (knows fields)
 template   messages -> segments of text             (knows prompts; chat_template compares them with the model's own, in a sandbox)
-tokenizer  text -> ids                              (knows vocabularies)
-dataset    segments -> ids and a mask, cached       (knows nothing of ranks)
+tokenizer  segments -> ids and a mask               (knows vocabularies)
+dataset    ids and masks of all rows, cached        (knows nothing of ranks)
 plan       lengths -> which rows form which step    (a pure function)
 loader     a step's share of a rank -> tensors
 """

@@ -33,7 +33,7 @@ import numpy as np
 from tqdm import tqdm
 
 from engine.data.formats import FORMATS, BadRow, Row
-from engine.data.reading import FileSurvey, Span, records
+from engine.data.reading import FileSurvey, Span, position, records
 from engine.data.template import TEMPLATES
 from engine.data.tokenizer import Tokenizer, learnt, load_tokenizer, tokenise
 from engine.errors import EngineError
@@ -154,9 +154,10 @@ def write_span(folder: Path, number: int, span: Span, job: Job, tokenizer: Token
     ids, supervised, all_facts = [np.empty(0, np.int32)], [np.empty(0, bool)], [np.empty(0, ROW)]
     with (folder / f"{number:05d}.rejected.jsonl").open("w", encoding="utf-8") as rejected:
 
-        def reject(line: int, bad: BadRow) -> None:
+        def reject(record: Any, line: int, bad: BadRow) -> None:
             found["rejected"] += 1
-            print(json.dumps({"line": line, "column": bad.column, "reason": bad.reason}, ensure_ascii=False), file=rejected)
+            line, column = position(record, line, bad)
+            print(json.dumps({"line": line, "column": column, "reason": bad.reason}, ensure_ascii=False), file=rejected)
 
         for batch in _batches(records(span), BATCH):
             rows: list[Row] = []
@@ -172,7 +173,7 @@ def write_span(folder: Path, number: int, span: Span, job: Job, tokenizer: Token
                     rows.append(row)
                     ignored.update(read.ignored(record))
                 except BadRow as bad:
-                    reject(line, bad)
+                    reject(record, line, bad)
             if not rows:
                 continue
             tokens = tokenise(rows, job.template, job.system, job.supervise, tokenizer)

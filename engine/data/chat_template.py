@@ -15,7 +15,6 @@ from typing import Any
 
 from engine.config import Data
 from engine.data.formats import BadRow, Message, Row
-from engine.data.reading import read_rows
 from engine.data.template import TEMPLATES, question
 from engine.data.tokenizer import Tokenizer, prompt_ids, read_json, tokenise
 from engine.errors import SECURITY, EngineError
@@ -71,11 +70,12 @@ def _refused(why: str) -> EngineError:
     return EngineError("TEMPLATE-REFUSED", f"the model's own chat template is not safe to render: {why}", SECURITY)
 
 
-def check(folder: Path, data: Data, tokenizer: Tokenizer) -> None:
-    """Says in one line on standard error where the first row's ids are not those that the model's own chat template gives,
-    and what would give them. Never stops a run."""
+def check(folder: Path, data: Data, tokenizer: Tokenizer, row: Row | None) -> None:
+    """Says in one line on standard error where a row's ids are not those that the model's own chat template gives, and what
+    would give them. Never stops a run."""
     try:
-        if (template := own_template(folder)) is not None and (found := difference(template, folder, data, tokenizer)):
+        template = own_template(folder)
+        if row and template is not None and (found := difference(template, folder, data, tokenizer, row)):
             print(f"WARNING {found}", file=sys.stderr)
     except BadRow:  # the template has no place for it; tokenising says so
         pass
@@ -83,15 +83,15 @@ def check(folder: Path, data: Data, tokenizer: Tokenizer) -> None:
         print(f"WARNING {folder}: not compared with data.template={data.template}: {error.text}", file=sys.stderr)
 
 
-def difference(template: str, folder: Path, data: Data, tokenizer: Tokenizer) -> str | None:
-    """What is different and what to set, if anything is.
+def difference(template: str, folder: Path, data: Data, tokenizer: Tokenizer, row: Row) -> str | None:
+    """What is different in a row's ids and what to set, if anything is; plain text is the same everywhere.
 
     What the model's own template writes for generation is what counts; it may leave the system prompt out where there is an
     answer already, as Mistral's does, and then only prompts are compared.
     """
-    row = _sample(Path(data.train), tokenizer)
     if row.messages[0].role == "text":
         return None
+    row = _sample(row, tokenizer)
     prompt, whole = render(template, _conversations(row, data.system), _names(folder, tokenizer))
     answered = whole.startswith(prompt)
     own = tokenizer.encode_rendered(whole if answered else prompt)
@@ -162,14 +162,14 @@ def _names(folder: Path, tokenizer: Tokenizer) -> dict[str, str]:
     return {**names, **{key: name for key, name in named.items() if isinstance(name, str)}}
 
 
-def _sample(path: Path, tokenizer: Tokenizer) -> Row:
-    """The first row, cut, and without the names of control tokens: a chat template's text cannot tell them from its own."""
-    row, names = next(read_rows(path)), "|".join(map(re.escape, tokenizer.specials())) or "(?!)"
+def _sample(row: Row, tokenizer: Tokenizer) -> Row:
+    """The row, cut, and without the names of control tokens: a chat template's text cannot tell them from its own."""
+    names = "|".join(map(re.escape, tokenizer.specials())) or "(?!)"
 
     def cut(text: str) -> str:
         return re.sub(names, " ", text[:COMPARED]).strip()
 
     messages = row.messages[:TURNS]
-    while messages[-1].role not in ("assistant", "text"):
+    while messages[-1].role != "assistant":
         messages = messages[:-1]
     return replace(row, messages=tuple(replace(one, content=cut(one.content), input=cut(one.input)) for one in messages))

@@ -11,6 +11,7 @@ import mmap
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -22,15 +23,16 @@ import numpy as np
 from engine.config import Data, Source
 from engine.data import build
 from engine.data.build import Job
+from engine.data.formats import FORMATS, BadRow, Row
 from engine.data.plan import shuffled
-from engine.data.reading import SPAN, FileSurvey, Span, expand, survey
+from engine.data.reading import SPAN, FileSurvey, Span, expand, records, survey
 from engine.data.tokenizer import Tokenizer
 from engine.dropout import mix
 from engine.errors import EngineError
 from engine.publish import built_once, published
 
 SPANS, SPAN_BYTES = 64, 512 << 10  # spans of a file, about, and the least bytes of one; large files have more, of reading.SPAN
-RELEASED_BYTES = 64 << 20  # of mapped arrays read before their pages are given back
+RELEASED_BYTES = 16 << 20  # of mapped arrays read before their pages are given back
 NAMED = 5  # rows that an error names
 
 WHOLE, TRUNCATED, SPLIT, TOO_LONG, SILENT = range(5)  # fates; SILENT: no supervised token is left within max_length
@@ -163,7 +165,7 @@ class _Shards:
 
     def read(self, shard: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         if self.maps[shard] is None:
-            self.maps[shard] = tuple(np.load(f"{self.paths[shard]}.{kind}.npy", mmap_mode="r") for kind in ("tokens", "supervised"))
+            self.maps[shard] = (_mapped(f"{self.paths[shard]}.tokens.npy", np.int32), _mapped(f"{self.paths[shard]}.supervised.npy", bool))
         tokens, supervised = self.maps[shard]
         found = np.array(tokens[begin:end]), np.array(supervised[begin:end])
         self.read_bytes += 4096 * 16 + 5 * (end - begin)  # the kernel maps sixteen pages around each that is touched
@@ -177,6 +179,13 @@ class _Shards:
         for arrays in filter(None, self.maps):
             for array in arrays:
                 array._mmap.madvise(mmap.MADV_DONTNEED)
+
+
+def _mapped(path: str, dtype: type) -> np.ndarray:
+    """An array of a .npy file. np.load parses the header as Python, which CPython 3.11 fails at now and then in two threads at once."""
+    with open(path, "rb") as file:
+        header = int.from_bytes(file.read(10)[8:], "little")
+    return np.memmap(path, dtype, mode="r", offset=10 + header)
 
 
 def load(cfg: Data, of: str, tokenizer: Tokenizer, seed: int = 0, strict: bool = True) -> Dataset | None:
@@ -211,6 +220,17 @@ def load(cfg: Data, of: str, tokenizer: Tokenizer, seed: int = 0, strict: bool =
     found = _documents(files, sources, rows, tasks, cfg, of, seed, strict)
     how = [contents, [[source.repeat, source.weight] for source in sources], cfg.max_length, cfg.too_long, seed if any(s.weight for s in sources) else None]
     return replace(found, digest=hashlib.sha256(json.dumps(how).encode()).hexdigest())
+
+
+def first_row(cfg: Data) -> Row | None:
+    """The first training row that can be read."""
+    source = cfg.sources("train")[0]
+    for span in known_survey(expand(source.path)[0], Path(cfg.cache)).spans:
+        for line, record in records(span):
+            with suppress(BadRow):
+                if not isinstance(record, BadRow):
+                    return FORMATS[source.format](record, line)
+    return None
 
 
 def known_survey(path: Path, cache: Path) -> FileSurvey:
@@ -280,7 +300,8 @@ def _documents(files: list[File], sources: list[Source], rows: np.ndarray, tasks
         order = np.argsort(row, kind="stable")
         found = replace(found, row=row[order], start=start[order], lengths=lengths[order], targets=targets[order])
     if not len(found):
-        raise EngineError("DATA-EMPTY", f"data.{of}: none of {sum(file.kept + file.rejected for file in files):,} rows can be trained on: {_first_reason(found)}")
+        records = sum(file.index["records"] for file in files)
+        raise EngineError("DATA-EMPTY", f"data.{of}: none of {records:,} rows can be trained on: {_first_reason(found)}")
     source_of_rows = found.source_of_rows()
     times = _times(source_of_rows, np.isin(fates, KEPT), sources, seed)
     passes = np.concatenate([np.flatnonzero(times[found.row] > number) for number in range(times.max())])

@@ -80,8 +80,8 @@ def account(dataset: Dataset, times: np.ndarray | None = None) -> dict[str, Any]
     found = {"digest": dataset.digest, "files": files, "documents": len(dataset)}
     if times is not None:
         numbers = np.arange(1, len(times) + 1, dtype=np.int64)
-        found |= {"documents_trained": int(times.sum()), "numbers_trained": int(times @ numbers), "tokens_trained": int(times @ dataset.lengths.astype(np.int64)),
-                  "targets_trained": int(times @ dataset.targets.astype(np.int64))}
+        found |= {"documents_trained": int(times.sum()), "numbers_trained": int(times @ numbers),
+                  "tokens_trained": int(times @ dataset.lengths.astype(np.int64)), "targets_trained": int(times @ dataset.targets.astype(np.int64))}
     return found
 
 
@@ -117,4 +117,4 @@ def _times_of_rows(dataset: Dataset, times: np.ndarray) -> np.ndarray:
 
 def _balance(entry: dict[str, Any], holds: bool, what: str) -> None:
     if not holds:
-        raise EngineError("LEDGER-BALANCE", f"the ledger does not balance: expected {what}, got {entry}; this is a bug, nothing of the run is to be trusted", BUG)
+        raise EngineError("LEDGER-BALANCE", f"the ledger does not balance: expected {what}, got {entry}; this is a bug, do not trust the run", BUG)

@@ -17,7 +17,7 @@ import numpy as np
 
 from engine.dropout import mix
 
-MANY = 1 << 16  # sequences looked at together
+MANY = 1 << 12  # sequences looked at together
 ROUNDS = 8  # of the permutation below; fewer favour some orders of five or six documents measurably
 # What a micro-batch costs beside its tokens, in tokens: it reads all weights once, and in the time that a GPU reads a
 # 16-bit weight it could use it for about this many tokens.

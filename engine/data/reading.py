@@ -6,23 +6,23 @@ into spans, which `records` reads apart from each other, in any process; neither
 
 import glob
 import hashlib
+import os
 import stat
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from engine.data import parquet
 from engine.data.formats import FORMATS, BadRow, Row
-from engine.data.strict import parse
-from engine.errors import EngineError, extra
+from engine.data.strict import locate, parse
+from engine.errors import EngineError
 
 BLOCK = 1 << 20  # bytes read at once
 SPAN = 32 << 20  # bytes of a span, about
 MAX_RECORD = 16 << 20  # bytes of a record
-PARQUET_ROWS = 1024  # read at once
 SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet")  # what is taken of a folder
 COMPRESSED = (".gz", ".zip", ".zst", ".bz2", ".xz")
 # How files begin that are something else.
@@ -71,27 +71,23 @@ def expand(pattern: str | Path) -> list[Path]:
     Raises:
         EngineError: there is none, or one that cannot be read as it is.
     """
-    path = Path(pattern)
-    if path.is_dir():
-        found = [one for one in path.iterdir() if not one.name.startswith(".") and one.suffix.lower() in (*SUFFIXES, *COMPRESSED) and not one.is_dir()]
-        expected = f"files that end in {', '.join(SUFFIXES)}"
-    elif glob.has_magic(str(pattern)) and not _exists(path):
-        found, expected = [Path(one) for one in glob.glob(str(pattern), recursive=True) if not Path(one).is_dir()], "files of that name"
-    else:
-        found, expected = [path], ""
+    path, expected = Path(pattern), ""
+    try:
+        if os.path.isdir(path):
+            found = [one for one in path.iterdir() if not one.name.startswith(".") and one.suffix.lower() in (*SUFFIXES, *COMPRESSED) and not one.is_dir()]
+            expected = f"files that end in {', '.join(SUFFIXES)}"
+        elif glob.has_magic(str(pattern)) and not os.path.exists(path):
+            found, expected = [Path(one) for one in glob.glob(str(pattern), recursive=True) if not os.path.isdir(one)], "files of that name"
+        else:
+            found = [path]
+    except OSError as error:
+        raise _unreadable(path, error) from error
     if not found:
         raise EngineError("DATA-FILE", f"{pattern}: got none, expected {expected}")
     found = sorted(found, key=str)
     for one in found:
         _check_file(one)
     return found
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):
-        return False
 
 
 def _check_file(path: Path) -> None:
@@ -138,16 +134,17 @@ def survey(path: Path, size: int = SPAN) -> FileSurvey:
                     raise EngineError("DATA-FILE", f"{path}: looks like UTF-16 ({why}); save it as UTF-8")
             data = _Pass(file, head)
             if head.startswith(b"PAR1"):
-                kind, (rows, spans) = "parquet", _parquet_spans(path, size)
+                kind = "parquet"
                 for _ in data:
                     pass
+                data.lines, spans = _row_spans(path, size)
             elif head.removeprefix(BOM).lstrip(BLANK)[:1] == b"[":
-                kind, rows, spans = "array", None, _array_spans(path, data, size)
+                kind, spans = "array", _array_spans(path, data, size)
             else:
-                kind, rows, spans = "lines", None, _line_spans(path, data, size)
+                kind, spans = "lines", _line_spans(path, data, size)
     except OSError as error:
         raise _unreadable(path, error) from error
-    return FileSurvey(path, data.digest.hexdigest(), data.bytes, data.lines if rows is None else rows, kind, tuple(spans))
+    return FileSurvey(path, data.digest.hexdigest(), data.bytes, data.lines, kind, tuple(spans))
 
 
 class _Pass:
@@ -210,12 +207,23 @@ def _array_spans(path: Path, blocks: Iterable[bytes], size: int) -> list[Span]:
     return spans
 
 
+def _row_spans(path: Path, size: int) -> tuple[int, list[Span]]:
+    """A parquet file's rows, and spans of whole groups of them."""
+    spans, start, end, held = [], 0, 0, 0
+    for end, weight in parquet.groups(path):
+        held += weight
+        if held >= size:
+            spans.append(Span(path, "parquet", start, end, start + 1))
+            start, held = end, 0
+    return end, spans if start == end else [*spans, Span(path, "parquet", start, end, start + 1)]
+
+
 def _first_fault(spans: Iterable[Span]) -> str:
     """What is wrong with an array as a whole may begin with a quote or a bracket in one of its elements."""
     for span in spans:
         for line, found in records(span):
             if isinstance(found, BadRow):
-                return f". The first fault: {row_error(span.path, line, found).text}"
+                return f". The first fault: {row_error(span.path, line, found.column, found.reason).text}"
     return ""
 
 
@@ -267,7 +275,7 @@ def records(span: Span) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
     """
     try:
         if span.kind == "parquet":
-            yield from _parquet_records(span)
+            yield from parquet.rows(span.path, span.start, span.end)
             return
         with span.path.open("rb") as file:
             yield from (_array_records if span.kind == "array" else _line_records)(span, _span_blocks(file, span))
@@ -310,26 +318,28 @@ def _array_records(span: Span, blocks: Iterable[bytes]) -> Iterator[tuple[int, d
     line, column, begun, marks = span.first_line, span.first_column, _Record(), _Marks()
     for block in blocks:
         done = 0
-        for end in marks.find(block):
-            begun.add(block[done:end])
-            yield _element(begun.whole(), line, column)
-            line, column = _after(b",", *begun.after(line, column))
-            begun, done = _Record(), end + 1
-        begun.add(block[done:])
+        for end in [*marks.find(block), None]:
+            part = block[done:end]
+            if not begun.size:  # the element begins with what is not blank
+                body = part.lstrip(BLANK)
+                line, column = _after(part[: len(part) - len(body)], line, column)
+                part = body
+            begun.add(part)
+            if end is not None:
+                yield _element(begun.whole(), line, column)
+                line, column = _after(b",", *begun.after(line, column))
+                begun, done = _Record(), end + 1
     yield _element(begun.whole(), line, column)
 
 
 def _element(piece: bytes | None, line: int, column: int) -> tuple[int, dict[str, Any] | BadRow]:
     """Line and content of what begins at `line` and `column`. A fault's line is its own, which may not be the element's first."""
     if piece is None:
-        return line, _too_long()
-    body = piece.lstrip(BLANK)
-    line, column = _after(piece[: len(piece) - len(body)], line, column)
-    found = _parsed(body, "an object")
+        return line, _too_long(column)
+    found = _parsed(piece, "an object", column)
     if isinstance(found, BadRow):
-        before = body.decode(errors="replace")[: found.column - 1]
-        found.column += column - 1 if "\n" not in before else -before.rindex("\n") - 1
-        line += before.count("\n")
+        down, found.column = _position(piece.decode(errors="replace"), found.column, column)
+        line += down
     return line, found
 
 
@@ -349,7 +359,10 @@ class _Record:
             self.parts = []
 
     def whole(self) -> bytes | None:
-        return b"".join(self.parts) if self.size <= MAX_RECORD else None
+        if self.size > MAX_RECORD:
+            return None
+        self.parts = [b"".join(self.parts)]  # not twice in memory
+        return self.parts[0]
 
     def after(self, line: int, column: int) -> tuple[int, int]:
         """Line and column of what comes after a record that begins at these."""
@@ -358,11 +371,33 @@ class _Record:
         return _after(b"".join(self.parts), line, column)
 
 
-def _too_long() -> BadRow:
-    return BadRow(f"the record is over {MAX_RECORD >> 20} MiB; shorten or split it", 1)
+def _too_long(column: int = 1) -> BadRow:
+    return BadRow(f"the record is over {MAX_RECORD >> 20} MiB; shorten or split it", column)
 
 
-def _parsed(piece: bytes, what: str = "one object a line") -> dict[str, Any] | BadRow:
+class Record(dict):
+    """A record with the bytes it was read from, which begin at `column` of their line."""
+
+    read_from: bytes
+    column: int
+
+
+def position(record: Any, line: int, found: BadRow) -> tuple[int, int | None]:
+    """Line and column of a fault that a format found in a record; of parquet the row, and no column."""
+    if not isinstance(record, Record):
+        return line, found.column
+    text = record.read_from.decode()
+    down, column = _position(text, locate(text, found.path), record.column)
+    return line + down, column
+
+
+def _position(text: str, column: int, first_column: int) -> tuple[int, int]:
+    """Lines further down, and the column there, of a character of a text that begins at `first_column` of its line."""
+    before = text[: column - 1]
+    return before.count("\n"), column + (first_column - 1 if "\n" not in before else -before.rindex("\n") - 1)
+
+
+def _parsed(piece: bytes, what: str = "one object a line", column: int = 1) -> dict[str, Any] | BadRow:
     try:
         value = parse(piece.decode(), what)
     except UnicodeDecodeError as error:
@@ -371,14 +406,16 @@ def _parsed(piece: bytes, what: str = "one object a line") -> dict[str, Any] | B
     except BadRow as error:
         return error.with_traceback(None)  # it would hold on to the text
     if isinstance(value, dict):
-        return value
+        record = Record(value)
+        record.read_from, record.column = piece, column
+        return record
     kind = {list: "a list", str: "text", bool: "true or false", type(None): "null"}.get(type(value), "a number")
     return BadRow(f"got {kind}, expected an object", len(piece) - len(piece.lstrip(BLANK)) + 1)
 
 
-def row_error(path: Path, line: int, found: BadRow) -> EngineError:
+def row_error(path: Path, line: int, column: int | None, reason: str) -> EngineError:
     """A bad row as an error of the run."""
-    return EngineError("DATA-ROW", f"{path}:{line}{f':{found.column}' if found.column else ''}: {found.reason}")
+    return EngineError("DATA-ROW", f"{path}:{line}{f':{column}' if column else ''}: {reason}")
 
 
 def read_rows(path: Path, format: str = "alpaca", answered: bool = True) -> Iterator[Row]:
@@ -400,69 +437,7 @@ def read_rows(path: Path, format: str = "alpaca", answered: bool = True) -> Iter
                     raise found
                 row = FORMATS[format](found, line, answered)
             except BadRow as error:
-                raise row_error(path, line, error) from None
+                raise row_error(path, *position(found, line, error), error.reason) from None
             yield row
     if empty:
         raise EngineError("DATA-EMPTY", f"{path}: holds no row; expected JSON objects, one a line")
-
-
-# ---- Parquet -------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _parquet(path: Path) -> Iterator[Any]:
-    """The file, as pyarrow reads it: in this thread, without mapping it into memory."""
-    parquet = extra("pyarrow.parquet", path, "parquet")
-    try:
-        with parquet.ParquetFile(path, memory_map=False, pre_buffer=False) as file:
-            yield file
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:  # pyarrow's own are these
-        raise EngineError("DATA-FILE", f"{path}: cannot be read as parquet: {' '.join(str(error).split())[:200]}") from error
-
-
-def _groups(file: Any) -> Iterator[tuple[int, int, int]]:
-    """First row, row after the last, and bytes of each row group."""
-    start = 0
-    for number in range(file.metadata.num_row_groups):
-        group = file.metadata.row_group(number)
-        yield start, start + group.num_rows, group.total_byte_size
-        start += group.num_rows
-
-
-def _parquet_spans(path: Path, size: int) -> tuple[int, list[Span]]:
-    spans, start, end, held = [], 0, 0, 0
-    with _parquet(path) as file:
-        for _, end, weight in _groups(file):
-            held += weight
-            if held >= size:
-                spans.append(Span(path, "parquet", start, end, start + 1))
-                start, held = end, 0
-    return end, spans if start == end else [*spans, Span(path, "parquet", start, end, start + 1)]
-
-
-def _parquet_records(span: Span) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-    with _parquet(span.path) as file:
-        for number, (first, end, _) in enumerate(_groups(file)):
-            if end <= span.start or first >= span.end:
-                continue
-            row = first
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS, row_groups=[number], use_threads=False):
-                start, stop = max(0, span.start - row), max(0, min(len(batch), span.end - row))
-                yield from enumerate(_parquet_rows(batch.slice(start, max(0, stop - start))), row + start + 1)
-                row += len(batch)
-
-
-def _parquet_rows(batch: Any) -> list[dict[str, Any] | BadRow]:
-    try:
-        return [_present(row) for row in batch.to_pylist()]
-    except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date that Python has not
-        if len(batch) == 1:
-            return [BadRow(f"a value cannot be read: {error}")]
-        return [found for place in range(len(batch)) for found in _parquet_rows(batch.slice(place, 1))]
-
-
-def _present(value: Any) -> Any:
-    """Without the fields that are null: a table has all fields in all rows."""
-    if isinstance(value, dict):
-        return {key: _present(one) for key, one in value.items() if one is not None}
-    return [_present(one) for one in value] if isinstance(value, list) else value

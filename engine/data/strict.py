@@ -5,25 +5,31 @@ with a place. As fast as json.loads on what is right; only faults are searched f
 import json
 import math
 import re
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 DEPTH = 256  # brackets within each other
-DIGITS = 4300  # of an integer, as Python itself reads them
+DIGITS = getattr(sys, "get_int_max_str_digits", int)() or 4300  # of an integer, as Python itself reads them
 BLANK = " \t\r\n"
 
 # What a text is made of where it matters: strings, brackets, numbers, the constants that JSON has not. The rest is passed over.
-_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{]|[\]}]|-?\d[\d.eE+-]*|-?Infinity|NaN', re.DOTALL)
+_TOKEN = re.compile(r'"[^"]*"?|[\[{]|[\]}]|-?\d[\d.eE+-]*|-?Infinity|NaN')
 _COLON = re.compile(r"[ \t\r\n]*:")
 # An escape; group 1: of a surrogate without its other half.
 _ESCAPE = re.compile(r"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL)
 
 
 class BadRow(Exception):
-    """A record that cannot be trained on. `column`: where, in characters from 1, where that is known; who reads knows the line."""
+    """A record that cannot be trained on. Who reads knows the line.
 
-    def __init__(self, reason: str, column: int | None = None) -> None:
+    column   where, in characters from 1, for text that is no record
+    path     which value of a record is at fault, as keys and indices: ("messages", 1, "content")
+    """
+
+    def __init__(self, reason: str, column: int | None = None, path: tuple[str | int, ...] = ()) -> None:
         super().__init__(reason)
-        self.reason, self.column = reason, column
+        self.reason, self.column, self.path = reason, column, path
 
 
 class _Ambiguous(ValueError):
@@ -60,6 +66,7 @@ def parse(text: str, what: str = "one object a line") -> Any:
     Raises:
         BadRow: with the column, from 1, of the fault in `text`.
     """
+    text = text.rstrip(BLANK)
     start = len(text) - len(text.lstrip(BLANK))
     if text.count("[") + text.count("{") > DEPTH:  # else it cannot be deeper
         _search(text, ambiguous=False)
@@ -70,7 +77,7 @@ def parse(text: str, what: str = "one object a line") -> Any:
     except ValueError:  # an integer that is too long, too
         _search(text, ambiguous=True)
         raise BadRow(f"not JSON that can be read; expected {what}", start + 1) from None
-    if len(text) != end and (rest := text[end:].lstrip(BLANK)):
+    if rest := text[end:].lstrip(BLANK):
         found = "a second object" if rest[0] == "{" else f"more after the value ({rest[0]!r})"
         raise BadRow(f"not JSON: {found}; expected {what}", len(text) - len(rest) + 1)
     if "\\ud" in text or "\\uD" in text:
@@ -78,6 +85,34 @@ def parse(text: str, what: str = "one object a line") -> Any:
             if escape[1]:
                 raise BadRow(f"half a character ({escape[0]}, a lone surrogate); expected whole ones", escape.start() + 1)
     return value
+
+
+def locate(text: str, path: Sequence[str | int]) -> int:
+    """The column, from 1, of the value at `path` in a text that `parse` took; of what should hold it, where it is not there."""
+
+    def skip(at: int, letters: str = BLANK) -> int:
+        while text[at] in letters:
+            at += 1
+        return at
+
+    at = skip(0)
+    for part in path:
+        opening, found, at_inner = text[at], None, at + 1
+        number = 0
+        while opening in "{[" and text[at_inner := skip(at_inner, BLANK + ",")] not in "}]":
+            key: str | int = number
+            if opening == "{":
+                key, at_inner = json.decoder.scanstring(text, at_inner + 1)
+                at_inner = skip(at_inner, BLANK + ":")
+            if key == part:
+                found = at_inner
+                break
+            _, at_inner = _DECODER.raw_decode(text, at_inner)
+            number += 1
+        if found is None:
+            break
+        at = found
+    return at + 1
 
 
 def _reason(text: str, error: json.JSONDecodeError, what: str) -> str:
@@ -92,7 +127,7 @@ def _reason(text: str, error: json.JSONDecodeError, what: str) -> str:
 def _search(text: str, ambiguous: bool) -> None:
     """Raises BadRow at the first thing in `text` that is too deep or, if asked, `ambiguous`."""
     keys: list[set[str]] = [set()]  # of every object that is open
-    for token in _TOKEN.finditer(text):
+    for token in _TOKEN.finditer(text.replace("\\\\", "  ").replace('\\"', "  ")):  # as long as before, and no string holds a quote
         found, column = token[0], token.start() + 1
         if found in "[{":
             keys.append(set())
@@ -104,7 +139,7 @@ def _search(text: str, ambiguous: bool) -> None:
             continue
         elif found[0] == '"':
             if _COLON.match(text, token.end()):
-                if (key := json.loads(found, strict=False)) in keys[-1]:
+                if (key := json.loads(text[token.start() : token.end()])) in keys[-1]:
                     raise BadRow(f"the key {shown(key)} is given twice", column)
                 keys[-1].add(key)
         elif found.endswith(("NaN", "Infinity")):
@@ -117,6 +152,6 @@ def _search(text: str, ambiguous: bool) -> None:
 
 
 def shown(value: Any) -> str:
-    """A value as a fault's text has it."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    """A value as a fault's text has it: one line that any terminal can print."""
+    text = "".join(letter if letter.isprintable() else " " for letter in json.dumps(value, ensure_ascii=False, default=str)[:41])
     return text if len(text) <= 40 else f"{text[:40]}…"

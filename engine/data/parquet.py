@@ -1,0 +1,67 @@
+"""Rows of parquet files, through the [parquet] extra."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from engine.data.strict import BadRow
+from engine.errors import EngineError, extra
+
+ROWS = 1024  # read at once
+
+
+def groups(path: Path) -> list[tuple[int, int]]:
+    """Of each row group, the rows up to its end and its bytes.
+
+    Raises:
+        EngineError: the file cannot be read, or the extra is missing.
+    """
+    found, end = [], 0
+    with _opened(path) as file:
+        for number in range(file.metadata.num_row_groups):
+            group = file.metadata.row_group(number)
+            end += group.num_rows
+            found.append((end, group.total_byte_size))
+    return found
+
+
+def rows(path: Path, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+    """Number, from 1, and content of the rows from `start` to before `stop`, both from 0; fields that are null are left out."""
+    first = 0
+    with _opened(path) as file:
+        for number in range(file.metadata.num_row_groups):
+            end = first + file.metadata.row_group(number).num_rows
+            if first < stop and end > start:
+                for batch in file.iter_batches(batch_size=ROWS, row_groups=[number], use_threads=False):
+                    begin = min(max(0, start - first), len(batch))
+                    yield from enumerate(_read(batch.slice(begin, max(0, stop - first - begin))), first + begin + 1)
+                    first += len(batch)
+            first = end
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The file, as pyarrow reads it: in this thread, without mapping it into memory."""
+    pyarrow = extra("pyarrow.parquet", path, "parquet")
+    try:
+        with pyarrow.ParquetFile(path, memory_map=False, pre_buffer=False) as file:
+            yield file
+    except (OSError, ValueError, KeyError, NotImplementedError) as error:  # pyarrow's own are these
+        raise EngineError("DATA-FILE", f"{path}: cannot be read as parquet: {' '.join(str(error).split())[:200]}") from error
+
+
+def _read(batch: Any) -> list[dict[str, Any] | BadRow]:
+    try:
+        return [_present(row) for row in batch.to_pylist()]
+    except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date that Python has not
+        if len(batch) == 1:
+            return [BadRow(f"a value cannot be read: {error}")]
+        return [found for place in range(len(batch)) for found in _read(batch.slice(place, 1))]
+
+
+def _present(value: Any) -> Any:
+    """Without the fields that are null: a table has all fields in all rows."""
+    if isinstance(value, dict):
+        return {key: _present(one) for key, one in value.items() if one is not None}
+    return [_present(one) for one in value] if isinstance(value, list) else value
