@@ -247,7 +247,7 @@ def known_survey(path: Path, cache: Path) -> FileSurvey:
     found = survey(path, max(SPAN_BYTES, min(SPAN, status.st_size // SPANS)))
     # A write within the clock's tick of the last one would not be seen, so a file must have rested for a while.
     if path.stat().st_mtime_ns == status.st_mtime_ns and abs(time.time_ns() - status.st_mtime_ns) > 2e9:
-        with published(memo) as building:
+        with suppress(EngineError), published(memo) as building:  # another rank may be writing the same
             spans = [[span.kind, span.start, span.end, span.first_line, span.first_column] for span in found.spans]
             building.write_text(json.dumps({"state": state, "survey": {**vars(found), "path": None, "spans": spans}}), encoding="utf-8")
     return found
