@@ -183,11 +183,14 @@ def fork_ranks(size: int, main: Callable[[list[str]], int | None], log: Path, th
                 errors.run(main)
             finally:
                 os._exit(errors.BUG)  # not reached, unless the lines above fail
-        while running and not any(codes.values()):
-            pid, status = os.wait()
-            codes[running.pop(pid)] = os.waitstatus_to_exitcode(status)
-        if running:
-            time.sleep(2)
+        end = float("inf")
+        while running and time.monotonic() < end:
+            pid, status = os.waitpid(-1, os.WNOHANG if any(codes.values()) else 0)
+            if pid:
+                codes[rank := running.pop(pid)] = os.waitstatus_to_exitcode(status)
+                end = min(end, time.monotonic() + 2) if codes[rank] else end
+            else:
+                time.sleep(0.02)
     finally:
         for pid, rank in running.items():
             os.kill(pid, signal.SIGKILL)

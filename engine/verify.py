@@ -25,7 +25,8 @@ from engine.arguments import Parser
 from engine.errors import BUG, DONE, ENVIRONMENT, EngineError, recorded, run
 
 EXAMPLE = "python -m engine.verify recipes/quickstart.yaml train.device=cpu"
-SEQUENCES, STEPS, RANKS = 8, 2, (1, 2, 4)  # of a step; of a split; tried where they fit
+SEQUENCES, STEPS = 8, 2  # of a step; of a split
+SPLITS = ((1, 1), (1, 3), (2, 1), (2, 3), (4, 1))  # ranks × micro-batch; three of eight: the last micro-batch is a smaller one
 # fp32 rounds at 6e-8. Sums over thousands of tokens in another order, through some tens of layers, make 1e-7 to 4e-6 of it; the
 # least mistake in what is summed, or divided by, makes 1e-3. bf16 weights, where fp32 ones do not fit, round gradients at 4e-3.
 LOSS, GRADIENT, GRADIENT_BF16 = 1e-5, 2e-5, 3e-2
@@ -99,27 +100,26 @@ def prove(runs: "Runs", cfg: config.Recipe, table: Table) -> None:
     print(f"{facts['parameters']:,} parameters, {facts['trained']:,} trained; {runs.sequences} sequences a step (the recipe: {cfg.train.global_batch}); "
           f"{facts['machine']}\n\n{'check':<53}{'measured':<42}limit")
     gradient = GRADIENT if facts["wide"] or cfg.optim.name == "adamw" else GRADIENT_BF16
-    off = apart(runs.folder / "packed.safetensors", "", runs.folder / "alone.safetensors")
-    table.row("PACKED", f"packed = alone, {facts['documents']} rows, fp32", difference(facts["packed"], off, gradient), facts["packed_s"])
     table.row("ATTENTION", f"attention {facts['path']} = reference, {facts['type']}", Result(
         f"{facts['attention']:.2f} × the reference's own error", f"{ATTENTION:g} ×", facts["attention"] <= ATTENTION), facts["attention_s"])
+    off = apart(runs.folder / "packed.safetensors", "", runs.folder / "alone.safetensors")
+    table.row("PACKED", f"packed = alone, {facts['documents']} rows, fp32", difference(facts["packed"], off, gradient), facts["packed_s"])
 
-    several = min(3, cfg.train.micro_batch, runs.sequences)  # three of eight: the last micro-batch is a smaller one
     apart_on: dict[int, str | None] = {}  # by number of ranks: what engine.train said of replicas
 
     def split(size: int, micro_batch: int) -> Result:
         if size > facts["ranks"]:
             return Result(f"not possible: {facts['room']}", holds=None)
+        run = runs.folder / "split"
+        shutil.rmtree(run, ignore_errors=True)  # one that failed would be gone on with
         problem = runs.train(size, "split", *SPLIT, *in_fp32, f"train.micro_batch={micro_batch}")
         apart_on[size] = apart_on.get(size) or (problem if problem and "E-PEER-REPLICA" in problem else None)
         if problem:
             return Result("not reached: replicas differ, see below" if apart_on[size] else problem, holds=None if apart_on[size] else False)
-        run = runs.folder / "split"
         losses = [json.loads(line)["train/loss"] for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         loss = max(abs(one - other) / max(1, other) for one, other in zip(losses, facts["losses"], strict=True))
         grad = max(apart(run / f"checkpoints/step-{step:09d}/optimizer.safetensors", ".exp_avg", runs.folder / f"plain-{step}.safetensors")
                    for step in range(1, STEPS + 1))
-        shutil.rmtree(run)
         return difference(loss, grad, gradient)
 
     def replicas() -> Result:
@@ -147,11 +147,11 @@ def prove(runs: "Runs", cfg: config.Recipe, table: Table) -> None:
         differ = sum(abs(len(one) - len(other)) + sum(a != b for a, b in zip(one, other)) if one != other else 0 for one, other in files)
         return Result(f"{differ:,} of {sum(len(one) for one, _ in files):,} bytes differ", "0", differ == 0)
 
-    for size, micro_batch in dict.fromkeys([(1, 1), (1, several), (2, 1), (2, several), (4, 1)]):
+    for size, micro_batch in dict.fromkeys((size, min(largest, cfg.train.micro_batch, runs.sequences)) for size, largest in SPLITS):
         accumulation = -(-runs.sequences // (size * micro_batch))
         table.check("SPLIT", f"{ranks(size)} × micro-batch {micro_batch} × accumulation {accumulation}, fp32", partial(split, size, micro_batch))
     table.check("REPLICAS", "replicas alike after each step", replicas)
-    size = max(size for size in RANKS if size <= facts["ranks"])
+    size = max(size for size, _ in SPLITS if size <= facts["ranks"])
     table.check("RESUME", f"resumed = undisturbed, {ranks(size)}, {cfg.train.precision}", partial(resume, size))
 
 
@@ -203,6 +203,7 @@ class Runs:
                               "lower train.micro_batch or data.max_length", ENVIRONMENT) from error
         message, code = record["message"].strip(), record["exit_code"]
         if code == BUG or "E-PEER-REPLICA" in message:
+            print(message, file=sys.stderr)
             return message.splitlines()[-1]
         name, _, text = message.removeprefix("ERROR E-").partition(" ")
         raise EngineError(name, text, code)

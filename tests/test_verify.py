@@ -8,7 +8,7 @@ import torch
 from engine import attention, checkpoint, distributed, optim, train, verify
 from engine.errors import BUG, PEER, USER
 
-PACKED = ("data.packing=true", "train.global_batch=4", "train.micro_batch=3", "model.dropout=0.1")
+PACKED = ("data.packing=true", "data.max_length=128", "train.global_batch=4", "train.micro_batch=3", "model.dropout=0.1")
 
 
 def edited(module, old: str, new: str) -> None:
@@ -84,12 +84,16 @@ def bit_flipped():
 
 
 @pytest.mark.parametrize(("plant", "name", "line"), [
-    (mean_of_means, "SPLIT", "1 rank × micro-batch 1"), (never_exchanged, "REPLICAS", "replicas"), (gradients_kept, "SPLIT", "1 rank × micro-batch 1"),
-    (one_document_for_the_loop, "SPLIT", "1 rank × micro-batch 1"), (one_document, "PACKED", "packed"), (kernel_off_by_a_thousandth, "ATTENTION", "attention"),
+    (mean_of_means, "SPLIT", "1 rank × micro-batch 3"), (never_exchanged, "REPLICAS", "replicas"), (gradients_kept, "SPLIT", "1 rank × micro-batch 3"),
+    (one_document_for_the_loop, "SPLIT", "1 rank × micro-batch 3"), (one_document, "PACKED", "packed"), (kernel_off_by_a_thousandth, "ATTENTION", "attention"),
     (moment_forgotten, "RESUME", "resumed"), (checkpoint_overlooked, "RESUME", "resumed"), (bit_flipped, "REPLICAS", "replicas"),
 ], ids=lambda value: getattr(value, "__name__", None))
 def test_what_is_planted_is_found(verified, plant, name, line):
-    code, output = verified(plant)
+    def planted() -> None:
+        plant()
+        verify.SPLITS = ((1, 3), (2, 1))  # the others take time and find the same
+
+    code, output = verified(planted)
     failed = [row for row in output.splitlines() if " FAIL " in row]
     assert code == BUG and failed[0].startswith(line) and f"ERROR E-VERIFY-{name} {line}" in output, output
 
