@@ -6,7 +6,8 @@ no loader, loss, attention kernel, process group or line of train.py. Everything
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,8 +71,8 @@ class Subject:
 
 
 def measure(own: Recipe, narrow: Recipe, wide: Recipe, steps: int, folder: Path) -> None:
-    """Writes into `folder` plain-1.safetensors … plain-`steps`.safetensors, the gradients of the first steps, packed.safetensors and
-    alone.safetensors, and facts.json.
+    """Writes facts.json into `folder`, and gradients: those of the steps, plain-1.safetensors …, of packed.safetensors rows and of
+    those rows alone.safetensors. Beside plain and alone ones lies what rounding makes of them, …-rounded.safetensors.
 
     Args:
         own: the user's recipe. narrow, wide: as engine.train is run for its gradients, with weights as stored and in fp32.
@@ -86,7 +87,7 @@ def measure(own: Recipe, narrow: Recipe, wide: Recipe, steps: int, folder: Path)
     memory, gpus = _memory(world.device), torch.cuda.device_count() if world.device.type == "cuda" else 0
     cfg, need = (wide, bytes_wide) if bytes_wide <= memory else (narrow, bytes_narrow)
     subject = build(cfg, base, world)
-    losses = plain_steps(subject, steps, folder)
+    losses, rounded = plain_steps(subject, steps, folder)
 
     documents, began = some(subject.rows, subject.plan.step(0).documents), time.perf_counter()
     types = precision.choose(own.train.precision, precision.DTYPES[own.model.dtype] if own.lora.used else None, world.device)
@@ -96,7 +97,7 @@ def measure(own: Recipe, narrow: Recipe, wide: Recipe, steps: int, folder: Path)
     ratio = attention(subject, documents, path, types)
     machine = rundir.hardware()
     facts = {"parameters": count, "trained": sum(parameter.numel() for parameter in subject.trained.values()), "names": list(subject.trained),
-             "losses": losses, "packed": off, "packed_s": between - began, "documents": len(documents), "path": path,
+             "losses": losses, "rounded": rounded, "packed": off, "packed_s": between - began, "documents": len(documents), "path": path,
              "type": str(types.arithmetic).removeprefix("torch."), "attention": ratio, "attention_s": time.perf_counter() - between,
              "wide": cfg is wide, "ranks": gpus or max(1, int(memory // need)),
              "room": f"{gpus} GPU here; train.device=cpu tries more" if gpus else f"memory for {int(memory // need)} processes here",
@@ -122,22 +123,45 @@ def build(cfg: Recipe, base: hub.Base, world: World) -> Subject:
     return Subject(cfg, rows, plan, world, model.train(), keys)
 
 
-def plain_steps(subject: Subject, steps: int, folder: Path) -> list[float]:
-    """The mean loss of each step; its gradient goes into a file. One sequence after the other, in one process."""
-    cfg, trained, losses = subject.cfg, subject.trained, []
-    optimizer, _ = optim.build(trained, cfg.optim, cfg.train.seed, subject.world)
+def plain_steps(subject: Subject, steps: int, folder: Path) -> tuple[list[float], float]:
+    """The mean loss of each step, and the largest change that rounding makes of one. Gradients go into files, with rounding's too."""
+    losses, change = [], 0.0
+    optimizer, _ = optim.build(subject.trained, subject.cfg.optim, subject.cfg.train.seed, subject.world)
     for number in range(steps):
-        step, total = subject.plan.step(number), 0.0
-        for place, sequence in enumerate(step.sequences):
-            subject.keys.set(number, [place], [max(int(subject.rows.lengths[sequence].sum()), step.fill_to)])
-            loss = subject.loss(sequence, step.fill_to)
-            (loss / step.num_targets).backward()
-            total += loss.item() / step.num_targets
-        losses.append(total)
-        tensorfile.save(gradients(subject), folder / f"plain-{number + 1}.safetensors")
+        with rounding(subject.model):
+            rounded = plain_step(subject, number, folder / f"plain-{number + 1}-rounded.safetensors")
+        losses.append(plain_step(subject, number, folder / f"plain-{number + 1}.safetensors"))
+        change = max(change, abs(losses[-1] - rounded))
         optimizer.step()
-        optimizer.zero_grad()
-    return losses
+    optimizer.zero_grad()
+    return losses, change
+
+
+def plain_step(subject: Subject, number: int, path: Path) -> float:
+    """A step's mean loss and, in a file, its gradient: one sequence after the other."""
+    step, total = subject.plan.step(number), 0.0
+    subject.model.zero_grad()
+    for place, sequence in enumerate(step.sequences):
+        subject.keys.set(number, [place], [max(int(subject.rows.lengths[sequence].sum()), step.fill_to)])
+        loss = subject.loss(sequence, step.fill_to)
+        (loss / step.num_targets).backward()
+        total += loss.item() / step.num_targets
+    tensorfile.save(gradients(subject), path)
+    return total
+
+
+@contextmanager
+def rounding(model: nn.Module) -> Iterator[None]:
+    """Every layer's output is off by one unit in its last place, up or down at random: what this changes is what fp32 cannot tell."""
+    draw = torch.Generator(next(model.parameters()).device).manual_seed(0)
+
+    def hook(module: nn.Module, inputs: tuple, out: Tensor) -> Tensor:
+        return out * (1 + torch.finfo(torch.float32).eps * torch.empty_like(out).uniform_(-1, 1, generator=draw).sign())
+
+    hooks = [module.register_forward_hook(hook) for module in model.modules() if not list(module.children())]
+    yield
+    for handle in hooks:
+        handle.remove()
 
 
 def gradients(subject: Subject) -> dict[str, Tensor]:
@@ -149,11 +173,11 @@ def some(rows: Dataset, documents: np.ndarray) -> list[int]:
     return documents[: min(ROWS, max(1, int((np.cumsum(rows.lengths[documents]) <= TOKENS).sum())))].tolist()
 
 
-def packed_and_alone(subject: Subject, documents: list[int], path: str, folder: Path) -> float:
-    """Rows in one forward, with the loop's loader, loss and attention, against each by itself; gradients into files.
+def packed_and_alone(subject: Subject, documents: list[int], path: str, folder: Path) -> tuple[float, float]:
+    """Rows in one forward, with the loop's loader, loss and attention, against each by itself. Gradients go into files.
 
     Returns:
-        the largest difference of a row's loss a token.
+        the largest difference of a row's loss a token, and the largest that rounding makes of one.
     """
     model, device = subject.model.eval(), subject.device  # without dropout, whose masks go by the place in a sequence
     batch = loader.collate(subject.rows, [np.asarray(documents)], [0], device)
@@ -163,14 +187,19 @@ def packed_and_alone(subject: Subject, documents: list[int], path: str, folder: 
     summed_cross_entropy(hidden[batch.at], model.lm_head.weight, batch.targets, row[batch.at], packed).backward()
     tensorfile.save(gradients(subject), folder / "packed.safetensors")
     model.zero_grad()
-    worst = 0.0
-    for number, document in enumerate(documents):
-        loss = subject.loss([document])
-        loss.backward()
-        worst = max(worst, abs(loss.item() - packed[number].item()) / max(1, int(subject.rows.targets[document])))
-    tensorfile.save(gradients(subject), folder / "alone.safetensors")
+
+    def alone(name: str) -> Tensor:
+        model.zero_grad()
+        losses = [subject.loss([document]) for document in documents]
+        torch.stack(losses).sum().backward()
+        tensorfile.save(gradients(subject), folder / name)
+        return torch.stack(losses).detach()
+
+    with rounding(model):
+        rounded = alone("alone-rounded.safetensors")
+    each, targets = alone("alone.safetensors"), torch.from_numpy(subject.rows.targets[documents]).to(device).clamp(min=1)
     model.zero_grad()
-    return worst
+    return float(((packed - each) / targets).abs().max()), float(((rounded - each) / targets).abs().max())
 
 
 def attention(subject: Subject, documents: list[int], path: str, types: precision.Precision) -> float:
