@@ -5,6 +5,7 @@ no loader, loss, attention kernel, process group or line of train.py. Everything
 """
 
 import json
+import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ from engine.dropout import DropoutKeys
 from engine.loss import summed_cross_entropy
 from engine.models import FAMILIES, weights
 
-TOKENS, ROWS = 2048, 24  # looked at beside the steps: a dense mask has the square of the tokens
+TOKENS, ROWS = 1024, 24  # looked at beside the steps: a dense mask has the square of the tokens
 PER_RANK = 1 << 30  # bytes of a process beside weights, gradients and moments
 
 
@@ -248,5 +249,7 @@ def _memory(device: torch.device) -> float:
     """Bytes that may be used: what is free, and a margin off."""
     if device.type == "cuda":
         return 0.9 * torch.cuda.mem_get_info(device)[0]
-    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    if not (meminfo := Path("/proc/meminfo")).exists():
+        return 0.4 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    lines = meminfo.read_text(encoding="utf-8").splitlines()
     return 0.8 * 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))

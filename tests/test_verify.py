@@ -1,5 +1,8 @@
 """engine.verify holds on the engine, and fails in the right line where something is planted in the code that it looks at."""
 
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -111,6 +114,17 @@ def test_a_flipped_bit_is_named(ranks):
     started = ranks(4, main)
     assert started.wait() == [PEER] * 4
     assert started.log.read_text().count("half differs from rank 0's on rank 2 (and 0 more parameters differ)") == 4
+
+
+def test_ended_from_outside_it_leaves_nothing(ranks, recipe, tmp_path):
+    started = ranks(1, lambda: verify.main(recipe(*PACKED)))
+    end = time.monotonic() + 60
+    while not list((tmp_path / "runs").glob(".verify-*/split")):
+        assert time.monotonic() < end, started.log.read_text()
+        time.sleep(0.01)
+    os.kill(started.pids[0], signal.SIGTERM)
+    started.wait()
+    assert not list((tmp_path / "runs").glob(".*"))
 
 
 def test_a_mistake_in_recipe_or_rows_is_the_users(verified):
