@@ -29,10 +29,10 @@ from engine.errors import BUG, DONE, ENVIRONMENT, EngineError, recorded, run
 EXAMPLE = "python -m engine.verify recipes/quickstart.yaml train.device=cpu"
 SEQUENCES, STEPS = 8, 2  # of a step; of a split
 SPLITS = ((1, 1), (1, 3), (2, 1), (2, 3), (4, 1))  # ranks × micro-batch; three of eight: the last micro-batch is a smaller one
-# What fp32 cannot tell differs from model to model: a unit in the last place of every layer's output changes 3e-7 of the quickstart's
-# gradient and 4e-6 of SmolLM2-135M's. So it is measured, and a difference may be some times that. It may always be the least below:
-# on CPUs a product with fewer than four rows sums a vocabulary ten times less exactly, which made 8e-5 where rows had two targets.
-# The least mistake in what is summed, or divided by, makes 1e-3. bf16 weights, where fp32 ones do not fit, round gradients at 4e-3.
+# What fp32 cannot tell differs from model to model: a unit in the last place of every layer's output changes 4e-7 of the quickstart's
+# gradient and 3e-6 of SmolLM2-135M's. So it is measured, and a difference may be some times that. It may always be the least below: on
+# CPUs a product with fewer than four rows sums a vocabulary ten times less exactly, which made 8e-5 where rows had two targets. A mean
+# of means makes 1e-1, one target too many among N makes 1/N. bf16 weights, where fp32 ones do not fit, round gradients at 4e-3.
 ROUNDINGS, LEAST_LOSS, LEAST, LEAST_BF16 = 10, 1e-5, 2e-4, 3e-2
 ATTENTION = 2.0  # times the reference's own error in the same type
 
