@@ -158,6 +158,7 @@ def main(argv: list[str]) -> int:
             if leaving or due(cfg.checkpoint, done, step):
                 if judged and judged.loss < best["loss"]:
                     best = {"step": done, "loss": judged.loss}
+                distributed.check_replicas(trained, world)
                 moments = optim.state(optimizer, trained, world)  # sharded ones cross to rank 0, so every rank takes part
                 if world.is_first:
                     state = {"identity": identity, "scale": scale.state(), "best": best, "trained": counted}

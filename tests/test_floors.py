@@ -19,7 +19,9 @@ FLOORS = [
     {"gguf_out"},
     {"evaluate", "export", "rundir"},
     {"report"},
+    {"plain"},
     {"train", "generate", "convert", "audit", "bench", "launch"},
+    {"verify"},  # it runs train
 ]
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 
