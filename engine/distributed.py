@@ -137,6 +137,15 @@ def gather_text(text: str, world: World) -> list[str]:
     return [bytes(part[: int(length)].tolist()).decode("utf-8").strip("\0") for part, length in zip(parts, lengths, strict=True)]
 
 
+def check_same(facts: dict[str, Any], world: World) -> None:
+    """Raises EngineError that names the first fact in which a rank differs from rank 0, and the ranks: before they train together."""
+    found = [json.loads(text) for text in gather_text(json.dumps(facts, default=str), world)]
+    for name in facts:
+        if others := [rank for rank, one in enumerate(found) if one[name] != found[0][name]]:
+            raise EngineError("PEER-DIFFERS", f"{name}: rank {others[0]} has {found[others[0]][name]}, rank 0 has {found[0][name]} (ranks that differ: "
+                              f"{', '.join(map(str, others))}); expected the same everywhere: look at the files and options of their nodes", PEER)
+
+
 def check_replicas(tensors: dict[str, Tensor], world: World) -> None:
     """Raises EngineError unless every rank holds the same bits in every tensor, as replicas must after each step.
 
