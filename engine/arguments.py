@@ -12,7 +12,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, name: str, example: str, description: str) -> None:
         super().__init__(f"python -m engine.{name}", description=description, epilog=f"example: {example}")
-        self.area = name.upper()
+        self.area = name.split()[0].upper()
 
     def error(self, message: str) -> NoReturn:
         raise EngineError(f"{self.area}-ARGUMENTS", f"{message}; {self.epilog}")

@@ -73,7 +73,7 @@ class Data:
     max_length: int = option(2048, "tokens in a sequence, template and end-of-sequence included", low=2)
     too_long: str = option("error", "a row over max_length: truncate cuts its end, split makes rows of its pieces", ("error", "truncate", "drop", "split"))
     packing: bool = option(True, "fill sequences with several rows; attention never crosses rows")
-    shuffle: bool = option(True, "new order each epoch; false keeps the file's order")
+    shuffle: bool = option(True, "new order each epoch; false keeps the file's order, but for packed rows that fill a sequence begun before")
     cache: str = option("runs/.cache", "folder for tokenised rows, keyed by content")
     workers: int | None = option(None, "processes that tokenise; one for each core if not given", low=1)
 
@@ -343,8 +343,8 @@ def _wrong_sources(value: Any) -> str | None:
             return f"[{number}]: got {entry!r}, expected a path as well"
         if entry.get("format", FORMATS[0]) not in FORMATS:
             return f"[{number}].format: got {entry['format']!r}, expected one of {', '.join(FORMATS)}{_nearest(entry['format'], FORMATS)}"
-        if entry.get("repeat", 1) < 1 or entry.get("weight", 1) <= 0:
-            return f"[{number}]: got {entry}, expected repeat from 1 and weight above 0"
+        if entry.get("repeat", 1) < 1 or not 0 < entry.get("weight", 1) < float("inf"):
+            return f"[{number}]: got {entry}, expected repeat from 1 and a finite weight above 0"
     weighted = sum("weight" in entry for entry in value)
     if weighted and (weighted < len(value) or any("repeat" in entry for entry in value)):
         return ": weights are shares of each other: give every source one and none a repeat, or none a weight"
@@ -387,7 +387,7 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for of in ("train", "validation"):
         sources = recipe.data.sources(of)
         for source in sources:
-            if not (Path(source.path).exists() or glob.glob(source.path)):
+            if not (Path(source.path).exists() or glob.glob(source.path, recursive=True)):
                 yield f"data.{of}", f"got {source.path}, expected a file that exists, a directory, or a glob that matches"
         if len({source.name for source in sources}) < len(sources):
             yield f"data.{of}", f"has sources of one name, {', '.join(source.name for source in sources)}; give each a name of its own"

@@ -2,10 +2,15 @@
 
 import json
 import os
+import signal
+import socket
+import sys
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from engine import errors
 from engine.errors import ENVIRONMENT, PEER, EngineError
 
 # Wrapped models live until the process ends. The last reference to one takes the gloo group down with the interpreter's
@@ -129,6 +135,76 @@ def gather_text(text: str, world: World) -> list[str]:
     parts = [torch.zeros_like(padded) for _ in range(world.size)]
     dist.all_gather(parts, padded)
     return [bytes(part[: int(length)].tolist()).decode("utf-8").strip("\0") for part, length in zip(parts, lengths, strict=True)]
+
+
+def check_same(facts: dict[str, Any], world: World) -> None:
+    """Raises EngineError that names the first fact in which a rank differs from rank 0, and the ranks: before they train together."""
+    found = [json.loads(text) for text in gather_text(json.dumps(facts, default=str), world)]
+    for name in facts:
+        if others := [rank for rank, one in enumerate(found) if one[name] != found[0][name]]:
+            raise EngineError("PEER-DIFFERS", f"{name}: rank {others[0]} has {found[others[0]][name]}, rank 0 has {found[0][name]} (ranks that differ: "
+                              f"{', '.join(map(str, others))}); expected the same everywhere: look at the files and options of their nodes", PEER)
+
+
+def check_replicas(tensors: dict[str, Tensor], world: World) -> None:
+    """Raises EngineError unless every rank holds the same bits in every tensor, as replicas must after each step.
+
+    What ranks exchange is one number a tensor: its elements' bits as whole numbers, summed modulo 2^64. One flipped bit changes it.
+    """
+    if world.size == 1:
+        return
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    own = torch.stack([tensor.detach().view(whole[tensor.itemsize]).sum(dtype=torch.int64) for tensor in tensors.values()])
+    of_ranks = [torch.empty_like(own) for _ in range(world.size)]
+    dist.all_gather(of_ranks, own)
+    differs = (torch.stack(of_ranks) != of_ranks[0]).cpu()
+    if differs.any():
+        number = int(differs.any(0).nonzero()[0])
+        ranks = ", ".join(map(str, differs[:, number].nonzero()[:, 0].tolist()))
+        raise EngineError("PEER-REPLICA", f"{list(tensors)[number]} differs from rank 0's on rank {ranks} (and {int(differs.any(0).sum()) - 1} more "
+                          "parameters differ); expected the same bits everywhere. Nothing was saved: look at these ranks' hardware, then start "
+                          "again, which goes on from the last checkpoint", PEER)
+
+
+def fork_ranks(size: int, main: Callable[[list[str]], int | None], log: Path, threads: int) -> list[int]:
+    """Runs `main` as each of `size` ranks, set up as a launcher does, in processes forked from this one; exit codes by rank.
+
+    torch is imported once, so ranks start in a fraction of a second; this process must not have used a device or threads of torch
+    before. Their output goes to `log`, each has `threads`. Once one has failed the others have two seconds to tell why.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    sys.stdout.flush()
+    sys.stderr.flush()
+    running, codes = {}, {}
+    try:
+        for rank in range(size):
+            if pid := os.fork():
+                running[pid] = rank
+                continue
+            try:
+                output = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+                os.dup2(output, 1)
+                os.dup2(output, 2)
+                os.environ.update(place, RANK=str(rank), LOCAL_RANK=str(rank))
+                torch.set_num_threads(threads)
+                errors.run(main)
+            finally:
+                os._exit(errors.BUG)  # not reached, unless the lines above fail
+        end = float("inf")
+        while running and time.monotonic() < end:
+            pid, status = os.waitpid(-1, os.WNOHANG if any(codes.values()) else 0)
+            if pid:
+                codes[rank := running.pop(pid)] = os.waitstatus_to_exitcode(status)
+                end = min(end, time.monotonic() + 2) if codes[rank] else end
+            else:
+                time.sleep(0.02)
+    finally:
+        for pid, rank in running.items():
+            os.kill(pid, signal.SIGKILL)
+            codes[rank] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return [codes[rank] for rank in range(size)]
 
 
 def shard(groups: list[dict[str, Any]], make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]) -> torch.optim.Optimizer:

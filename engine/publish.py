@@ -28,6 +28,8 @@ def published(target: Path) -> Iterator[Path]:
             fsync(path)
         os.rename(building, target)
     except OSError as error:
+        if error.filename and not str(error.filename).startswith(str(target.parent)):
+            raise  # it is not about what is written
         raise _unwritable(target, error) from error
     finally:
         remove(building)
@@ -42,6 +44,16 @@ def built_once(target: Path, build: Callable[[Path], None], waiting: str | None 
     """
     if target.exists():  # only whole ones have the name
         return target
+    with locked(target, waiting):
+        if not target.exists():
+            with published(target) as building:
+                build(building)
+    return target
+
+
+@contextmanager
+def locked(target: Path, waiting: str | None = None) -> Iterator[None]:
+    """Holds the lock that belongs to `target`, and lets go with the process at the latest."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = target.with_name(f"{target.name}.lock").open("w")
@@ -54,10 +66,7 @@ def built_once(target: Path, build: Callable[[Path], None], waiting: str | None 
             if waiting and rank_in_launch() == 0:
                 print(waiting, file=sys.stderr, flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists():
-            with published(target) as building:
-                build(building)
-    return target
+        yield
 
 
 def fsync(path: Path) -> None:
@@ -76,5 +85,5 @@ def _unwritable(target: Path, error: OSError) -> EngineError:
 def remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
-    elif os.path.lexists(path):
-        path.unlink()
+    else:
+        path.unlink(missing_ok=True)

@@ -76,6 +76,7 @@ def main(argv: list[str]) -> int:
         identity = {**config.semantic(cfg), "data": rows.digest, "tokenizer": tokenizer.digest,
                     "weights": weights.identity(model, source, cfg.model.init),
                     "adapter": adapter.digest(Path(cfg.lora.start)) if cfg.lora.start else None}
+        distributed.check_same({**identity, "data.validation": held_out and held_out.digest}, world)
         start, best, counted = distributed.from_first(newest or 0, world), {"step": None, "loss": math.inf}, ledger.Counts()
         if start:
             saved = checkpoint.load(run / "checkpoints", start)
@@ -159,9 +160,11 @@ def main(argv: list[str]) -> int:
             if leaving or due(cfg.checkpoint, done, step):
                 if judged and judged.loss < best["loss"]:
                     best = {"step": done, "loss": judged.loss}
+                distributed.check_replicas(trained, world)
                 moments = optim.state(optimizer, trained, world)  # sharded ones cross to rank 0, so every rank takes part
                 if world.is_first:
                     state = {"identity": identity, "scale": scale.state(), "best": best, "trained": counted}
+                    rundir.write_ledger(run, ledger.accounts(rows, held_out, plan.times_trained(done), counted), ledger.left_out(rows, held_out))
                     checkpoint.save(run / "checkpoints", done, checkpoint.Snapshot(trained, moments, state), cfg.checkpoint.keep, best["step"])
                 del moments
             if asked and done < num_steps:
@@ -175,7 +178,6 @@ def main(argv: list[str]) -> int:
             judged = evaluation.run(model, whole=True)
         exported, frozen_digest = {}, None
         if world.is_first:
-            rundir.write_ledger(run, ledger.accounts(rows, held_out, plan.times_trained(num_steps), counted), ledger.left_out(rows, held_out))
             exported = export.Exporter(model, cfg, held_out or rows, types, base, words).run(run / "export")
             frozen_digest = weights.identity(model, source, cfg.model.init) if cfg.lora.used else None
             assert frozen_digest in (None, identity["weights"]), "frozen weights have changed"

@@ -53,6 +53,12 @@ def a_row(instruction: str, input: str = "", output: str = "", line: int = 1) ->
     return Row(line, (Message("user", instruction, input), Message("assistant", output)))
 
 
+def lists(found: tuple[np.ndarray, np.ndarray]) -> list[list[int]]:
+    """The ids of each text, of what a tokenizer's `encode_all` returns."""
+    ids, sizes = found
+    return [part.tolist() for part in np.split(ids, np.cumsum(sizes)[:-1])[: len(sizes)]]
+
+
 def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path

@@ -10,6 +10,7 @@ import pytest
 import sentencepiece
 import tokenizers
 import torch
+from conftest import lists
 from safetensors.torch import load_file
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
@@ -300,7 +301,7 @@ def test_ids_are_those_of_the_byte_level_tokenizer(pre, add_bos, tmp_path):
         original.encode_special_tokens = True
         expected = original.encode(text, add_special_tokens=False).ids
         original.encode_special_tokens = False
-        assert ours.encode(text) == ours.encode_all([text])[0] == expected, text
+        assert ours.encode(text) == lists(ours.encode_all([text]))[0] == expected, text
         assert not {0, 1, ours.eos} & set(expected)
         assert ours.decode(expected) == original.decode(expected, skip_special_tokens=True)
     assert ours.encode("<tool>") == [original.token_to_id("<tool>")]

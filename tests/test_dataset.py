@@ -21,7 +21,7 @@ from engine.data import build, cache, dataset, ledger
 from engine.data.loader import Loader
 from engine.data.plan import Plan
 from engine.data.tokenizer import load_tokenizer
-from engine.errors import BUG, CHECKPOINT, EngineError
+from engine.errors import BUG, CHECKPOINT, PEER, EngineError
 
 
 @pytest.fixture
@@ -260,10 +260,12 @@ import json, sys
 import torch
 from pathlib import Path
 from engine.config import Data
-from engine.data import dataset, ledger
+from engine.data import cache, dataset, ledger
 from engine.data.loader import Loader
 from engine.data.plan import Plan
 from engine.data.tokenizer import load_tokenizer
+
+cache.RELEASED_BYTES = 1 << 20  # so that what is mapped for a time does not look as if it grew with the rows
 
 def high_water(process="self"):
     return next(int(line.split()[1]) // 1024 for line in open(f"/proc/{process}/status") if line.startswith("VmHWM"))
@@ -300,7 +302,7 @@ def test_a_file_rewritten_within_a_moment_is_seen(load, tmp_path):
     for letter in "abcdef":
         path.write_text(json.dumps({"instruction": letter, "output": letter}) + "\n")
         digests.add(load(str(path)).digest)
-        assert not list((tmp_path / "cache").glob("file-*")), "a file that has not rested is looked at again"
+        assert not list((tmp_path / "cache").glob("file-*.json")), "a file that has not rested is looked at again"
     assert len(digests) == 6
 
 
@@ -325,3 +327,106 @@ def test_a_loader_that_trains_something_else_stops_the_run_before_the_update(rec
     started = ranks(2, recipe())
     assert set(started.wait()) == {BUG} and "E-LEDGER-STEP" in started.log.read_text() and "step 0 trained" in started.log.read_text()
     assert not (tmp_path / "runs/run/metrics.jsonl").read_text() and not (tmp_path / "runs/run/checkpoints").exists()
+
+
+def test_maps_are_let_go_and_never_take_more_than_so_many_open_files(load, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "SPAN_BYTES", 5000)
+    monkeypatch.setattr(cache, "MAPPED", 4)
+    found = load(str(write_rows(tmp_path / "rows.jsonl", ragged_rows(1000))))
+    before = len(os.listdir("/proc/self/fd"))
+    assert len(found.files[0].index["spans"]) > 15 and len(rows_of(found)) == 1000
+    assert len(os.listdir("/proc/self/fd")) <= before + 2 * 4
+    monkeypatch.setattr(cache, "RELEASED_BYTES", 0)
+    found.read(0)
+    assert len(os.listdir("/proc/self/fd")) <= before, "what was read is let go"
+
+
+def test_a_file_replaced_between_its_digest_and_its_rows_is_refused(load, tmp_path, monkeypatch):
+    """Else the arrays of one content would lie in the cache under the name of another."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"instruction": "cat", "output": "apple"}\n')
+    look = cache.survey
+
+    def replaced(*arguments):
+        found = look(*arguments)
+        path.write_text('{"instruction": "cat", "output": "lemon"}\n')
+        return found
+
+    monkeypatch.setattr(cache, "survey", replaced)
+    with pytest.raises(EngineError, match="has changed while it was read"):
+        load(str(path))
+    monkeypatch.undo()
+    path.write_text('{"instruction": "cat", "output": "apple"}\n')
+    assert load(str(path)).rows["length"][0] == load(str(path)).read(0)[0].size and not list((tmp_path / "cache").glob(".tmp-*"))
+
+
+def test_ids_do_not_hang_on_what_the_process_read_before(tmp_path):
+    """Qwen's <think> is not marked as a control token; the template makes it one, also for plain text that comes first."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    made = tokenizers.Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    made.add_tokens(["<think>", "</think>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    (tmp_path / "text.jsonl").write_text('{"text": "a <think> b"}\n')
+    chat = write_rows(tmp_path / "chat.jsonl", [{"instruction": "a", "output": "b"}])
+
+    def ids(*sources, where: str):
+        cfg = Data(train=list(sources), template="qwen3", cache=str(tmp_path / where))
+        found = dataset.load(cfg, "train", load_tokenizer(tmp_path))
+        return [found.read(number)[0].tolist() for number in range(len(found)) if found.sources[found.source[number]].format == "text"]
+
+    text, row = {"path": str(tmp_path / "text.jsonl"), "format": "text"}, {"path": str(chat)}
+    assert ids(text, where="one") == ids(row, text, where="two") == ids(text, row, where="three")
+
+
+def test_a_fault_in_a_worker_is_the_same_line_as_without_workers(load, tmp_path, monkeypatch):
+    path = write_rows(tmp_path / "rows.jsonl", ragged_rows(3000))
+    with pytest.raises(EngineError) as alone:
+        load(str(path), template="chatml")
+    monkeypatch.setattr(cache, "SPAN_BYTES", 10_000)
+    monkeypatch.setattr(build, "WORKER_BYTES", 1000)
+    with pytest.raises(EngineError) as in_worker:
+        load(str(path), template="chatml", workers=2)
+    assert str(in_worker.value) == str(alone.value) and "the template needs the control token <|im_start|>" in str(alone.value)
+
+
+def test_ranks_that_read_different_rows_do_not_train_together(recipe, ranks, tmp_path):
+    """As on two nodes with files of their own."""
+    def main() -> int:
+        from engine.errors import rank_in_launch
+
+        mine = write_rows(tmp_path / f"node{rank_in_launch()}.jsonl", [{"instruction": "cat", "output": ("red", "dog", "red")[rank_in_launch()]}] * 9)
+        return train.main(recipe(f"data.train={mine}"))
+
+    started = ranks(3, main)
+    assert set(started.wait()) == {PEER}
+    assert "E-PEER-DIFFERS data: rank 1 has " in started.log.read_text() and "ranks that differ: 1)" in started.log.read_text()
+    assert not (tmp_path / "runs/run/checkpoints").exists()
+
+
+def test_a_split_row_counts_as_trained_when_all_its_pieces_were(load, tmp_path):
+    found = load([{"path": str(long_rows(tmp_path)), "repeat": 2}], max_length=40, too_long="split")
+    row = int(found.row[np.flatnonzero(np.bincount(found.row)[found.row] > 2)[0]])  # of two pieces or more
+    times = np.zeros(len(found), np.int64)
+    times[np.flatnonzero((found.row == row) & (found.start == 0))] = 1
+    assert set(ledger.account(found, times)["files"][0]["trained"]) == {"0"}
+
+
+def test_weights_that_would_fill_the_memory_are_refused(load, tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "MOST_DOCUMENTS", 1000)
+    a, b = (str(write_rows(tmp_path / f"{name}.jsonl", ragged_rows(10, seed))) for seed, name in enumerate("ab"))
+    with pytest.raises(EngineError, match=r"an epoch would have 20,010 documents, the rows of a 2,000 times each"):
+        load([{"path": a, "weight": 2000}, {"path": b, "weight": 1}])
+
+
+def test_an_empty_file_among_others_is_an_error_or_passed_over(load, tmp_path):
+    (folder := tmp_path / "many").mkdir()
+    (folder / "a.jsonl").write_text("\n")
+    write_rows(folder / "b.jsonl", ragged_rows(3))
+    with pytest.raises(EngineError, match="a.jsonl: holds no row"):
+        load(str(folder))
+    assert len(load(str(folder), on_bad_row="skip")) == 3

@@ -192,20 +192,19 @@ def test_leaving_early_leaves_no_thread_behind():
     assert not threads() and caught  # what was raised still holds the loop's frame
 
 
-def test_a_bounded_number_of_steps_is_prepared_while_the_loop_computes():
-    started = []
-
-    class Counted(Documents):
-        def read(self, document: int) -> tuple[np.ndarray, np.ndarray]:
-            started.append(threading.current_thread().name)
-            return super().read(document)
-
+def test_a_bounded_number_of_steps_is_prepared_while_the_loop_computes(monkeypatch):
+    prepared, prepare = [], Loader._prepare
+    monkeypatch.setattr(Loader, "_prepare", lambda self, number: (prepare(self, number), prepared.append((number, threading.current_thread().name)))[0])
     rows = documents(200)
-    rows = Counted(rows.lengths, rows.source, rows.ids, rows.supervised)
-    for step, _ in loader_of(rows, plan_of(rows, True)):
-        assert not threads()  # all that may be prepared now is
-        last = min(step.number + AHEAD, plan_of(rows, True).num_steps - 1)
-        assert set(started) == {f"loader: step {number}" for number in range(last + 1)}
+    plan = plan_of(rows, True)
+    for step, _ in loader_of(rows, plan):
+        wanted = min(step.number + AHEAD, plan.num_steps - 1) + 1
+        end = time.monotonic() + 5
+        while len(prepared) < wanted and time.monotonic() < end:
+            time.sleep(0.001)
+        time.sleep(0.005)  # for one too many to show
+        assert [number for number, _ in prepared] == list(range(wanted)) and {name for _, name in prepared} == {"loader_0"}
+    assert not threads()
 
 
 @pytest.mark.cuda

@@ -117,6 +117,9 @@ def test_asked_to_stop_saves_and_goes_on(recipe, ranks, trained, tmp_path):
     stopped = ranks(2, lambda: stop_after(5, recipe(*FULL, *LONG, "checkpoint.every_steps=0", "checkpoint.each_epoch=false", name="cut")))
     assert stopped.wait() == [PREEMPTED, PREEMPTED]
     assert sorted(path.name for path in (tmp_path / "runs/cut/checkpoints").iterdir()) == ["step-000000005"]
+    state = json.loads((tmp_path / "runs/cut/checkpoints/step-000000005/state.json").read_text())
+    accounts = json.loads((tmp_path / "runs/cut/ledger.json").read_text())["train"]
+    assert accounts["documents_trained"] == state["trained"][0] > 0, "the ledger is that of the checkpoint"
     trained(2, recipe(*FULL, *LONG, name="cut"))
     assert result(tmp_path / "runs/cut") == result(tmp_path / "runs/whole")
 

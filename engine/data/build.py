@@ -32,15 +32,15 @@ import numpy as np
 from tqdm import tqdm
 
 from engine.data.formats import FORMATS, BadRow, Row
-from engine.data.reading import FileSurvey, Span, position, records
+from engine.data.reading import FileSurvey, Span, position, records, state_of
 from engine.data.template import TEMPLATES
-from engine.data.tokenizer import Tokenizer, Tokens, learnt, load_tokenizer, tokenise
-from engine.errors import EngineError
+from engine.data.tokenizer import Tokenizer, Tokens, learnt, load_tokenizer, tell_controls, tokenise
+from engine.errors import ENVIRONMENT, EngineError
 
-VERSION = 3  # of the arrays' meaning and of the code that makes them; a change makes old caches strangers
+VERSION = 4  # of the arrays' meaning and of the code that makes them; a change makes old caches strangers
 FIRST_BYTES = 64 << 10  # of a first row that is kept as text, for templates to be compared on
 BATCH, BATCH_BYTES = 1024, 4 << 20  # rows tokenised in one call, about, and their bytes
-WORKER_BYTES = 1 << 20  # of text that are worth a process of their own, which takes a third of a second to start
+WORKER_BYTES = 2 << 20  # of text for each process, which takes a third of a second to start
 
 # A row's facts. `answer`: where its last answer's first token is, -1 for plain text. The hashes are of all ids and of those before the answer.
 ROW = np.dtype([("length", "i4"), ("targets", "i4"), ("answer", "i4"), ("line", "i8"), ("task", "i4"), ("flags", "u2"), ("all", "u8"), ("prompt", "u8")])
@@ -71,17 +71,19 @@ def build(folder: Path, survey: FileSurvey, job: Job, tokenizer: Tokenizer, work
         EngineError: the file has changed meanwhile, or a worker died.
     """
     folder.mkdir()
-    before = survey.path.stat()
     progress = tqdm(total=sum(span.end - span.start for span in survey.spans), desc=f"tokenising {survey.path.name}", unit_scale=True,
                     unit=" rows" if survey.kind == "parquet" else "B", disable=not sys.stderr.isatty(), leave=False)
     with progress:
-        found = list(_write_spans(folder, survey, job, tokenizer, workers or os.cpu_count() or 1, progress))
-    after = survey.path.stat()
-    if (before.st_size, before.st_mtime_ns, before.st_ino) != (after.st_size, after.st_mtime_ns, after.st_ino):
-        raise EngineError("DATA-CHANGED", f"{survey.path}: has changed while it was read; start again once nothing writes to it")
+        found = list(_write_spans(folder, survey, job, tokenizer, workers or _cores(), progress))
+    if survey.state != state_of(survey.path):
+        raise EngineError("DATA-CHANGED", f"{survey.path}: has changed while it was read; start again once nothing writes to it", ENVIRONMENT)
     index = {"sha256": survey.sha256, "bytes": survey.bytes, "lines": survey.lines, "records": sum(span["records"] for span in found),
              "highest": max((span["highest"] for span in found), default=-1), "spans": found}
     (folder / "index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _write_spans(folder: Path, survey: FileSurvey, job: Job, tokenizer: Tokenizer, most: int, progress: tqdm) -> Iterator[dict[str, Any]]:
@@ -101,12 +103,16 @@ def _write_spans(folder: Path, survey: FileSurvey, job: Job, tokenizer: Tokenize
                 for number, span in spans:
                     done[number] = worker.write(number, span)
                     progress.update(span.end - span.start)
-        except EngineError:
+        except BaseException:
             list(spans)  # nothing is left to do for the others
             raise
 
     with ThreadPoolExecutor(count) as threads:
-        list(threads.map(manage, range(count)))
+        try:
+            list(threads.map(manage, range(count)))
+        except KeyboardInterrupt:
+            list(spans)
+            raise
     yield from (done[number] for number in range(len(survey.spans)))
 
 
@@ -122,8 +128,10 @@ class _Worker:
         self._send({**asdict(span), "path": str(span.path.absolute()), "number": number})
         if not (answer := self.process.stdout.readline()):
             raise EngineError("DATA-WORKER", f"{span.path}: the process that tokenised it ended with exit code {self.process.wait()}, its last words are "
-                              "above; if it was killed, memory ran out: set data.workers=1")
-        return json.loads(answer)
+                              "above; if it was killed, memory ran out: set data.workers=1", ENVIRONMENT)
+        if error := (found := json.loads(answer)).get("error"):
+            raise EngineError(*error)
+        return found
 
     def _send(self, message: dict[str, Any]) -> None:
         try:
@@ -146,6 +154,7 @@ class _Worker:
 
 def write_span(folder: Path, number: int, span: Span, job: Job, tokenizer: Tokenizer) -> dict[str, Any]:
     """Writes a span's arrays; returns its counts: every record is kept or rejected."""
+    tell_controls(job.template, tokenizer)
     names = re.compile("|".join(map(re.escape, sorted(tokenizer.specials(), key=len, reverse=True))) or "(?!)")
     found: dict[str, Any] = {"records": 0, "rejected": 0, "highest": -1, "ignored": Counter(), "first": None}
     tasks: dict[str, int] = {}
@@ -227,12 +236,18 @@ def _batches(items: Iterator[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]
 def main() -> None:
     with suppress(AttributeError, OSError):  # not Linux: then it ends with its span
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan writes beside the next launch's build
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the one that started this one tells it to end
+    os.putenv("TOKENIZERS_PARALLELISM", "false")  # workers are as many as cores; set for the library in this process, which looks there at each call
     message = json.loads(sys.stdin.readline())
     folder, job, tokenizer = Path(message["folder"]), Job(**message["job"]), load_tokenizer(*map(Path, message["tokenizer"]))
     for line in sys.stdin:
         span = json.loads(line)
         number = span.pop("number")
-        print(json.dumps(write_span(folder, number, Span(**{**span, "path": Path(span["path"])}), job, tokenizer)), flush=True)
+        try:
+            answer = write_span(folder, number, Span(**{**span, "path": Path(span["path"])}), job, tokenizer)
+        except EngineError as error:
+            answer = {"error": [error.name, error.text, error.exit_code]}
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

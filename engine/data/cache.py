@@ -2,11 +2,10 @@
 
 import hashlib
 import json
-import mmap
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,14 @@ import numpy as np
 
 from engine.data import build
 from engine.data.build import Job
-from engine.data.reading import SPAN, FileSurvey, Span, survey
+from engine.data.reading import SPAN, FileSurvey, Span, state_of, survey
 from engine.data.tokenizer import Tokenizer
-from engine.errors import EngineError
-from engine.publish import built_once, published
+from engine.errors import ENVIRONMENT, EngineError
+from engine.publish import built_once, locked, published
 
 SPANS, SPAN_BYTES = 64, 512 << 10  # spans of a file, about, and the least bytes of one; large files have more, of reading.SPAN
-RELEASED_BYTES = 16 << 20  # of mapped arrays read before their pages are given back
+RELEASED_BYTES, MAPPED = 16 << 20, 64  # read of mapped arrays before they are let go; shards mapped at a time
+RESTED_S = 2  # seconds without a write after which a file's times are believed
 
 
 @dataclass(frozen=True)
@@ -57,27 +57,35 @@ def tokenised(path: Path, source: int, job: Job, tokenizer: Tokenizer, cache: Pa
 
 
 def known_survey(path: Path, cache: Path) -> FileSurvey:
-    """`survey`, from the cache where the file is as it was by size, times and inode: a second run reads no text."""
-    status = path.stat()
-    state = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, build.VERSION]
+    """`survey`, from the cache where the file is as it was: a second run reads no text. One process of a node looks, the others wait."""
     memo = cache / f"file-{hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:24]}.json"
-    try:
-        known = json.loads(memo.read_text(encoding="utf-8"))
-        if known["state"] == state:
-            return FileSurvey(**{**known["survey"], "path": path, "spans": tuple(Span(path, *span) for span in known["survey"]["spans"])})
-    except (OSError, ValueError, LookupError):
-        pass
-    found = survey(path, max(SPAN_BYTES, min(SPAN, status.st_size // SPANS)))
-    # A write within the clock's tick of the last one would not be seen, so a file must have rested for a while.
-    if path.stat().st_mtime_ns == status.st_mtime_ns and abs(time.time_ns() - status.st_mtime_ns) > 2e9:
-        with suppress(EngineError), published(memo) as building:  # another rank may be writing the same
+
+    def known() -> FileSurvey | None:
+        try:
+            found = json.loads(memo.read_text(encoding="utf-8"))
+            if found["version"] == build.VERSION and tuple(found["state"]) == state_of(path):
+                spans = tuple(Span(path, *span) for span in found["spans"])
+                return FileSurvey(path, tuple(found["state"]), found["sha256"], found["bytes"], found["lines"], found["kind"], spans)
+        except (OSError, ValueError, LookupError):
+            return None
+        return None
+
+    if at_once := known():
+        return at_once
+    with locked(memo):
+        if meanwhile := known():
+            return meanwhile
+        found = survey(path, max(SPAN_BYTES, min(SPAN, path.stat().st_size // SPANS)))
+        # A write within the clock's tick of the last one would not be seen, so a file must have rested for a while.
+        if found.state == state_of(path) and abs(time.time_ns() - found.state[1]) > RESTED_S * 1e9:
             spans = [[span.kind, span.start, span.end, span.first_line, span.first_column] for span in found.spans]
-            building.write_text(json.dumps({"state": state, "survey": {**vars(found), "path": None, "spans": spans}}), encoding="utf-8")
+            with published(memo) as building:
+                building.write_text(json.dumps({**vars(found), "version": build.VERSION, "path": None, "spans": spans}), encoding="utf-8")
     return found
 
 
 class Shards:
-    """The spans' arrays, mapped when they are first read."""
+    """The spans' arrays, mapped as they are read; so many of them at a time, as each takes two of a process's open files."""
 
     def __init__(self, files: Sequence[File], lengths: np.ndarray) -> None:
         spans = [(file.folder / f"{number:05d}", span["rows"]) for file in files for number, span in enumerate(file.index["spans"])]
@@ -87,29 +95,29 @@ class Shards:
         ends = np.cumsum(lengths, dtype=np.int64)
         self.offset = ends - lengths
         self.offset -= np.repeat(self.offset[self.first], counts)
-        self.maps: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(spans)
+        self.maps = lru_cache(MAPPED)(self._map)
         self.read_bytes = 0
 
     def read(self, shard: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        if self.maps[shard] is None:
-            self.maps[shard] = (_mapped(f"{self.paths[shard]}.tokens.npy", np.int32), _mapped(f"{self.paths[shard]}.supervised.npy", bool))
-        tokens, supervised = self.maps[shard]
+        """Several threads may read."""
+        tokens, supervised = self.maps(shard)
         found = np.array(tokens[begin:end]), np.array(supervised[begin:end])
         self.read_bytes += 4096 * 16 + 5 * (end - begin)  # the kernel maps sixteen pages around each that is touched
-        if self.read_bytes > RELEASED_BYTES:
-            self._release()
+        if self.read_bytes > RELEASED_BYTES:  # as long as they are mapped they count as the process's own memory
+            self.read_bytes = 0
+            self.maps.cache_clear()
         return found
 
-    def _release(self) -> None:
-        """Pages of a mapped file count as the process's own memory until it needs them no more. They stay in the disk's cache."""
-        self.read_bytes = 0
-        for arrays in filter(None, self.maps):
-            for array in arrays:
-                array._mmap.madvise(mmap.MADV_DONTNEED)
+    def _map(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        return _mapped(f"{self.paths[shard]}.tokens.npy", np.int32), _mapped(f"{self.paths[shard]}.supervised.npy", bool)
 
 
 def _mapped(path: str, dtype: type) -> np.ndarray:
     """An array of a .npy file. np.load parses the header as Python, which CPython 3.11 fails at now and then in two threads at once."""
-    with open(path, "rb") as file:
-        header = int.from_bytes(file.read(10)[8:], "little")
-    return np.memmap(path, dtype, mode="r", offset=10 + header)
+    try:
+        with open(path, "rb") as file:
+            header = int.from_bytes(file.read(10)[8:], "little")
+        return np.memmap(path, dtype, mode="r", offset=10 + header)
+    except OSError as error:
+        raise EngineError("ENVIRONMENT-CACHE", f"{path}: cannot be read any more: {error.strerror}; nothing may be removed from data.cache during a run",
+                          ENVIRONMENT) from error

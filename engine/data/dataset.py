@@ -25,9 +25,10 @@ from engine.data.plan import shuffled
 from engine.data.reading import expand
 from engine.data.tokenizer import Tokenizer
 from engine.dropout import mix
-from engine.errors import EngineError
+from engine.errors import EngineError, rank_in_launch
 
 NAMED = 5  # rows that an error names
+MOST_DOCUMENTS = 200_000_000  # in an epoch; each takes 22 bytes of every rank
 
 WHOLE, TRUNCATED, SPLIT, TOO_LONG, SILENT = range(5)  # fates; SILENT: no supervised token is left within max_length
 KEPT = (WHOLE, TRUNCATED, SPLIT)
@@ -94,10 +95,9 @@ class Dataset:
         return "; ".join(parts) + "".join(f", {count:,} {name}" for name, count in found.items() if count)
 
     def first_row(self) -> Row | None:
-        """The text of the first row, where the cache kept it."""
-        file = self.files[0]
-        first = next((span["first"] for span in file.index["spans"] if span["rows"]), None)
-        return FORMATS[self.sources[file.source].format](first["record"], first["line"]) if first else None
+        """The text of the first row of which the cache kept it."""
+        kept = ((file, span["first"]) for file in self.files for span in file.index["spans"] if span["first"])
+        return next((FORMATS[self.sources[file.source].format](first["record"], first["line"]) for file, first in kept), None)
 
     def where(self, row: int) -> str:
         """path:line of a row."""
@@ -141,8 +141,8 @@ def load(cfg: Data, of: str, tokenizer: Tokenizer, seed: int = 0, strict: bool =
         job = Job(source.format, cfg.template, cfg.system, cfg.supervise)
         for path in expand(source.path):
             file = tokenised(path, number, job, tokenizer, Path(cfg.cache), cfg.workers)
-            if not file.index["records"]:
-                raise EngineError("DATA-EMPTY", f"{path}: holds no row; expected records of the format {source.format}")
+            if not file.index["records"] and cfg.on_bad_row == "error":
+                raise EngineError("DATA-EMPTY", f"{path}: holds no row; expected records of the format {source.format}, or set data.on_bad_row=skip")
             files.append(file)
             contents.append([number, job.key(file.index["sha256"], tokenizer)])
     _warn_of_repeated_files(files)
@@ -157,7 +157,7 @@ def load(cfg: Data, of: str, tokenizer: Tokenizer, seed: int = 0, strict: bool =
 def _warn_of_repeated_files(files: list[File]) -> None:
     seen: dict[str, File] = {}
     for file in files:
-        if (first := seen.setdefault(file.index["sha256"], file)) is not file:
+        if (first := seen.setdefault(file.index["sha256"], file)) is not file and rank_in_launch() == 0:
             print(f"WARNING {file.path} has the same content as {first.path}; its rows are trained once more", file=sys.stderr)
 
 
@@ -205,7 +205,15 @@ def _documents(files: list[File], sources: list[Source], rows: np.ndarray, tasks
         raise EngineError("DATA-EMPTY", f"data.{of}: none of {records:,} rows can be trained on: {_first_reason(found)}")
     source_of_rows = found.source_of_rows()
     times = _times(source_of_rows, np.isin(fates, KEPT), sources, seed)
-    passes = np.concatenate([np.flatnonzero(times[found.row] > number) for number in range(times.max())])
+    of_documents = times[found.row]
+    if (total := int(of_documents.sum())) > MOST_DOCUMENTS:
+        source = sources[int(source_of_rows[int(times.argmax())])]
+        raise EngineError("DATA-MIX", f"data.{of}: an epoch would have {total:,} documents, the rows of {source.name} {int(times.max()):,} times each; "
+                          f"expected at most {MOST_DOCUMENTS:,}: bring the weights or repeats nearer to each other")
+    passes = np.flatnonzero(of_documents)
+    if total > len(passes):  # first every document once, then once more those that occur twice, and so on
+        passes, first = np.repeat(np.arange(len(found)), of_documents), np.cumsum(of_documents) - of_documents
+        passes = passes[np.argsort(np.arange(total) - np.repeat(first, of_documents), kind="stable")]
     return replace(found, **{name: getattr(found, name)[passes] for name in ("row", "start", "lengths", "targets")}, times=times,
                    source=source_of_rows[found.row[passes]].astype(np.int16))
 

@@ -109,10 +109,16 @@ def left_out(*datasets: Dataset | None) -> Iterator[dict[str, str]]:
 
 
 def _times_of_rows(dataset: Dataset, times: np.ndarray) -> np.ndarray:
-    """(R,) how often each row was trained whole: a split row counts when each of its pieces was."""
+    """(R,) how often each row was trained whole: a split row as often as that of its pieces which was trained least."""
     trained = np.bincount(dataset.row, weights=times, minlength=len(dataset.rows)).astype(np.int64)
-    pieces = np.bincount(dataset.row, minlength=len(dataset.rows)) // np.maximum(dataset.times, 1)
-    return trained // np.maximum(pieces, 1)
+    pieces = np.flatnonzero(dataset.fates[dataset.row] == SPLIT)
+    if len(pieces):
+        names, number = np.unique(dataset.row[pieces].astype(np.int64) << 32 | dataset.start[pieces], return_inverse=True)
+        of_pieces = np.bincount(number, weights=times[pieces]).astype(np.int64)
+        rows = (names >> 32).astype(np.int64)
+        trained[rows] = np.iinfo(np.int64).max
+        np.minimum.at(trained, rows, of_pieces)
+    return trained
 
 
 def _balance(entry: dict[str, Any], holds: bool, what: str) -> None:

@@ -9,10 +9,9 @@ sequence of mere padding would cost as much time as a real one, and sizes below 
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from threading import Thread
 
 import numpy as np
 import torch
@@ -57,8 +56,9 @@ class MicroBatch:
 class Loader:
     """Iterates over (step, this rank's micro-batches of it) for the steps from `first_step` to before `last_step`.
 
-    Threads of their own prepare the next steps in NumPy alone, which wants no share of torch's threads. Each prepares one
-    step and is gone, so a loop that is left early leaves nothing behind; an error in one is raised where its step is due.
+    A thread prepares the next steps in NumPy alone, which wants no share of torch's threads. It begins when the loop lets go of
+    the interpreter, in a kernel of torch's, so the loop does not wait for it. It ends with the loop, also with one that is left
+    early; an error in it is raised where its step is due.
 
     Args:
         cost: as in `plan.share`.
@@ -71,12 +71,16 @@ class Loader:
 
     def __iter__(self) -> Iterator[tuple[Step, list[MicroBatch]]]:
         steps = iter(range(self.first_step, self.last_step))
-        ahead = deque(_started(self._prepare, number) for number in islice(steps, AHEAD))
-        while ahead:
-            step, batches = ahead.popleft().result()
-            ahead.extend(_started(self._prepare, number) for number in islice(steps, 1))
-            # pinned memory is copied while the GPU computes; the stream keeps copies before what uses them
-            yield step, [batch.each(lambda tensor: tensor.to(self.device, non_blocking=True)) for batch in batches]
+        thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        try:
+            ahead = deque(thread.submit(self._prepare, number) for number in islice(steps, AHEAD))
+            while ahead:
+                step, batches = ahead.popleft().result()
+                ahead.extend(thread.submit(self._prepare, number) for number in islice(steps, 1))
+                # pinned memory is copied while the GPU computes; the stream keeps copies before what uses them
+                yield step, [batch.each(lambda tensor: tensor.to(self.device, non_blocking=True)) for batch in batches]
+        finally:
+            thread.shutdown(wait=False, cancel_futures=True)
 
     def _prepare(self, number: int) -> tuple[Step, list[MicroBatch]]:
         step = self.plan.step(number)
@@ -85,20 +89,6 @@ class Loader:
             torch.cuda.set_device(self.device)  # a thread begins on device 0, and pinning would take memory there
             batches = [batch.each(Tensor.pin_memory) for batch in batches]
         return step, batches
-
-
-def _started(function: Callable, argument: int) -> Future:
-    """The result of `function(argument)`, or what it raised, once a thread of its own is done."""
-    future: Future = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function(argument))
-        except BaseException as error:  # raised again where the result is asked for
-            future.set_exception(error)
-
-    Thread(target=run, name=f"loader: step {argument}").start()
-    return future
 
 
 def micro_batches(step: Step, dataset: Dataset, places: Sequence[int], micro_batch: int) -> list[MicroBatch]:

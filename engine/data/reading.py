@@ -52,9 +52,10 @@ class Span:
 
 @dataclass(frozen=True)
 class FileSurvey:
-    """`lines`: of text, or rows of parquet."""
+    """`lines`: of text, or rows of parquet. `state`: the file's before it was read, see `state_of`."""
 
     path: Path
+    state: tuple[int, ...]
     sha256: str
     bytes: int
     lines: int
@@ -110,6 +111,19 @@ def _unreadable(path: Path, error: OSError) -> EngineError:
     return EngineError("DATA-FILE", f"{path}: cannot be read: {error.strerror or error}")
 
 
+def state_of(path: Path) -> tuple[int, ...]:
+    """What changes when a file does: its size, times and inode.
+
+    Raises:
+        EngineError: it is not there any more.
+    """
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+
+
 # ---- Once over the bytes -------------------------------------------------------------------------------------------------
 
 
@@ -123,6 +137,7 @@ def survey(path: Path, size: int = SPAN) -> FileSurvey:
         EngineError: it cannot be read, is no text, or an array without an end.
     """
     _check_file(path)
+    state = state_of(path)
     try:
         with path.open("rb") as file:
             head = file.read(BLOCK)
@@ -144,7 +159,7 @@ def survey(path: Path, size: int = SPAN) -> FileSurvey:
                 kind, spans = "lines", _line_spans(path, data, size)
     except OSError as error:
         raise _unreadable(path, error) from error
-    return FileSurvey(path, data.digest.hexdigest(), data.bytes, data.lines, kind, tuple(spans))
+    return FileSurvey(path, state, data.digest.hexdigest(), data.bytes, data.lines, kind, tuple(spans))
 
 
 class _Pass:

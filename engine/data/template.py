@@ -8,6 +8,7 @@ last answer; `chat_template.py` compares the two.
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 from engine.data.formats import BadRow, Message, Row
@@ -73,6 +74,15 @@ class Template:
             if self.write is llama31 and message.calls and (len(message.calls) > 1 or message.content.strip()):
                 raise BadRow(f"row {row.line} has an answer with {'text and ' * bool(message.content.strip())}{len(message.calls)} calls of tools; "
                              f"the template {self.name} writes one call and nothing besides")
+
+
+@lru_cache
+def control_tokens(name: str) -> frozenset[str]:
+    """Names of all control tokens that a template may write."""
+    template, call = TEMPLATES[name], ({"name": "f", "arguments": {}},)
+    tools = [Message("assistant", "", calls=call), Message("tool", "b")] if template.tools else []
+    talk = [*[Message("system", "a")] * template.chat, Message("user", "a"), Message("assistant", "b"), Message("user", "a"), *tools, Message("assistant", "b")]
+    return frozenset(text for text, special, _ in template.write(list(enumerate(talk))) if special) - {EOS, BOS}
 
 
 def alpaca(turns: Turns) -> list[Segment]:

@@ -105,11 +105,12 @@ def _merges(rows: list[Row], write: Template, system: str | None, tokenizer: Tok
     """For each row what of it would get other ids, were question and answer one text; empty if nothing would."""
     joints = [list(_joints(row, write, system, tokenizer)) for row in rows]
     ids: dict[tuple[str, bool], list[int]] = {}
-    wanted = {part for found in joints for (one, begins), (other, goes_on) in found for part in ((one, begins), (other, goes_on), (one + other, begins))}
+    wanted = {part for joint in joints for (one, begins), (other, goes_on) in joint for part in ((one, begins), (other, goes_on), (one + other, begins))}
     for spaced in (True, False):
         texts = [text for text, how in wanted if how is spaced]
-        ids |= dict(zip(((text, spaced) for text in texts), tokenizer.encode_all(texts, spaced), strict=True))
-    return [next((_tell(one[0], other[0]) for one, other in found if ids[one[0] + other[0], one[1]] != ids[one] + ids[other]), "") for found in joints]
+        found, sizes = tokenizer.encode_all(texts, spaced)
+        ids |= {(text, spaced): part.tolist() for text, part in zip(texts, np.split(found, np.cumsum(sizes)[:-1]), strict=bool(texts))}
+    return [next((_tell(one[0], other[0]) for one, other in joint if ids[one[0] + other[0], one[1]] != ids[one] + ids[other]), "") for joint in joints]
 
 
 def _tell(question: str, answer: str) -> str:

@@ -8,15 +8,16 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from engine.data.formats import Message, Row
-from engine.data.template import BOS, EOS, TEMPLATES
+from engine.data.memo import joined, memo_of, ranges
+from engine.data.template import BOS, EOS, TEMPLATES, control_tokens
 from engine.errors import EngineError, extra
 
 # Files of a tokenizer, the last three for other tools to use it.
@@ -34,7 +35,7 @@ class Tokenizer(Protocol):
     spaced: frozenset[str]  # the places, see `_places`, where it takes text for a word's beginning and may put a space in front
 
     def encode(self, text: str) -> list[int]: ...
-    def encode_all(self, texts: Sequence[str], spaced: bool = True) -> list[list[int]]: ...  # not spaced: no space is put in front
+    def encode_all(self, texts: Sequence[str], spaced: bool = True) -> tuple[np.ndarray, np.ndarray]: ...  # see `joined`; not spaced: no space is put in front
     def encode_rendered(self, text: str) -> list[int]: ...  # names of control tokens are these tokens, as in a chat template's text
     def special(self, name: str) -> int: ...
     def specials(self) -> list[str]: ...
@@ -81,18 +82,18 @@ class SentencePiece:
     def encode(self, text: str) -> list[int]:
         return self.model.encode(text)
 
-    def encode_all(self, texts: Sequence[str], spaced: bool = True) -> list[list[int]]:
+    def encode_all(self, texts: Sequence[str], spaced: bool = True) -> tuple[np.ndarray, np.ndarray]:
         if spaced:
-            return self.model.encode(list(texts))
+            return joined(self.model.encode(list(texts)))
         # A text's own first space is put there by the model, as some models drop those that are written.
-        return [self.model.encode(text[1:]) if len(text) > 1 and text[0] == " " else self.unspaced.encode(text) for text in texts]
+        return joined([self.model.encode(text[1:]) if len(text) > 1 and text[0] == " " else self.unspaced.encode(text) for text in texts])
 
     def encode_rendered(self, text: str) -> list[int]:
         ids: list[int] = []
         for part in re.split(f"({'|'.join(map(re.escape, sorted(self.specials(), key=len, reverse=True)))})", text):
             number = self.model.piece_to_id(part)
             begins = not ids or ids[-1] == self.model.bos_id()
-            ids += [number] if self.model.is_control(number) else self.encode_all([part], spaced=begins)[0]
+            ids += [number] if self.model.is_control(number) else self.encode_all([part], spaced=begins)[0].tolist()
         return ids
 
     def special(self, name: str) -> int:
@@ -137,6 +138,7 @@ class JsonTokenizer:
         self.prefix = self.model.encode("", add_special_tokens=True).ids[:1]
         for model in (self.model, self.unspaced):
             model.encode_special_tokens = True
+        self.memo = memo_of(self.model)
         self.size = max(self.model.get_vocab_size(with_added_tokens=True), max(self.added, default=0) + 1)  # added ids may leave gaps
         self.eos = self._eos(settings, generation, config, path)
         self.ends = frozenset({self.eos, *_listed_ends(generation, folder)})
@@ -157,9 +159,11 @@ class JsonTokenizer:
     def encode(self, text: str) -> list[int]:
         return self.model.encode(text, add_special_tokens=False).ids
 
-    def encode_all(self, texts: Sequence[str], spaced: bool = True) -> list[list[int]]:
+    def encode_all(self, texts: Sequence[str], spaced: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        if self.memo:  # it knows no tokenizer that puts spaces in front
+            return self.memo.encode(texts)
         model = self.model if spaced else self.unspaced
-        return [one.ids for one in model.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return joined([one.ids for one in model.encode_batch_fast(list(texts), add_special_tokens=False)])
 
     def encode_rendered(self, text: str) -> list[int]:
         self.model.encode_special_tokens = False
@@ -175,7 +179,7 @@ class JsonTokenizer:
         if not self.added[number].special:  # some files say so of control tokens; rows could write them
             for model in (self.model, self.unspaced):
                 model.add_special_tokens([self.as_special(name)])
-            self.added = self.model.get_added_tokens_decoder()
+            self.added, self.memo = self.model.get_added_tokens_decoder(), memo_of(self.model)
         return number
 
     def specials(self) -> list[str]:
@@ -217,6 +221,14 @@ class Tokens:
     invaded: np.ndarray
 
 
+def tell_controls(template: str, tokenizer: Tokenizer) -> None:
+    """Has the tokenizer take a template's control tokens for such before it reads any text, so that ids do not hang on what it read
+    before. Some files do not mark them; those that it lacks are asked for where a row needs them."""
+    for name in control_tokens(template):
+        with suppress(EngineError):
+            tokenizer.special(name)
+
+
 def tokenise(rows: Sequence[Row], template: str, system: str | None, supervise: str, tokenizer: Tokenizer) -> Tokens:
     """Ids of rows that end with an answer, and which are learnt.
 
@@ -233,6 +245,7 @@ def tokenise(rows: Sequence[Row], template: str, system: str | None, supervise: 
     pieces: dict[tuple[str, bool | None], int] = {}  # the distinct ones of the batch: text, spaced or not, or control tokens (None), and their number
     segments, masks, starts, answers = [], [], [], []  # each segment's piece, and whether it is supervised; each row's first segment, its last answer's
     write, around = TEMPLATES[template], supervise == "all"
+    tell_controls(template, tokenizer)
     for row in rows:
         wanted, last = learnt(row, supervise), len(row.messages) - 1
         text_alone = row.messages[0].role == "text"
@@ -249,19 +262,13 @@ def tokenise(rows: Sequence[Row], template: str, system: str | None, supervise: 
             masks.append(not begins and (around if turn is None else wanted[turn]))
             if place != "alone":
                 place = "begin" if begins else "control" if special else "text"
-    found = _encode(pieces, tokenizer)
-    lengths = np.fromiter(map(len, found), np.int64, len(found))
-    ids = np.fromiter(chain.from_iterable(found), np.int32, int(lengths.sum()))
+    found, lengths, places, invaded = _encode(pieces, tokenizer)
     which, first, at = (np.asarray(one, np.int64) for one in (segments, starts, answers))
     sizes = lengths[which]
-    ends = np.cumsum(sizes)
-    # index of every token in `ids`: where its segment's piece begins there, plus 0, 1, 2 …
-    index = np.repeat(np.cumsum(lengths)[which] - ends, sizes) + np.arange(sizes.sum())
+    ids, ends = found[ranges(places[which], sizes)], np.cumsum(sizes)
     supervised, begins = np.repeat(np.asarray(masks, bool), sizes), (ends - sizes)[first]
     supervised[begins] = False
-    control = {tokenizer.eos, *tokenizer.prefix, *map(tokenizer.special, tokenizer.specials())}
-    invaded = np.array([kind is not None and not control.isdisjoint(found[number]) for (_, kind), number in pieces.items()])
-    return Tokens(ids[index], supervised, np.diff(begins, append=len(index)).astype(np.int32),
+    return Tokens(ids, supervised, np.diff(begins, append=len(ids)).astype(np.int32),
                   np.where(at < 0, -1, (ends - sizes)[at] - begins).astype(np.int32), np.logical_or.reduceat(invaded[which], first))
 
 
@@ -272,16 +279,25 @@ def learnt(row: Row, supervise: str) -> list[bool]:
             or message.role == "assistant" and (supervise == "answers" or turn == last) for turn, message in enumerate(row.messages)]
 
 
-def _encode(pieces: dict[tuple[str, bool | None], int], tokenizer: Tokenizer) -> list[list[int]]:
-    found: list[list[int]] = [[]] * len(pieces)
-    for (name, kind), number in pieces.items():  # control tokens first: `special` keeps text from writing them
+def _encode(pieces: dict[tuple[str, bool | None], int], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Ids of all pieces in some order, and of each piece: how many it has, where they begin, whether it is text and some are control tokens."""
+    lengths, places, invaded = (np.zeros(len(pieces), kind) for kind in (np.int64, np.int64, bool))
+    parts, end = [], 0
+    control: np.ndarray | None = None
+    for kind in (None, True, False):  # control tokens first: `special` keeps text from writing them
+        names, numbers = [name for name, of in pieces if of is kind], [number for (_, of), number in pieces.items() if of is kind]
         if kind is None:
-            found[number] = tokenizer.prefix if name == BOS else [tokenizer.eos] if name == EOS else [tokenizer.special(name)]
-    for kind in (True, False):
-        some = [(text, number) for (text, spaced), number in pieces.items() if spaced is kind]
-        for (_, number), ids in zip(some, tokenizer.encode_all([text for text, _ in some], kind), strict=True):
-            found[number] = ids
-    return found
+            ids, sizes = joined([tokenizer.prefix if name == BOS else [tokenizer.eos] if name == EOS else [tokenizer.special(name)] for name in names])
+            control = np.array([tokenizer.eos, *tokenizer.prefix, *map(tokenizer.special, tokenizer.specials())])
+        else:
+            ids, sizes = tokenizer.encode_all(names, kind)
+            stops = np.cumsum(sizes)
+            before = np.concatenate([[0], np.cumsum(np.isin(ids, control))])  # control tokens
+            invaded[numbers] = before[stops] > before[stops - sizes]
+        lengths[numbers], places[numbers] = sizes, end + np.cumsum(sizes) - sizes
+        parts.append(ids)
+        end += len(ids)
+    return np.concatenate(parts), lengths, places, invaded
 
 
 def prompt_ids(row: Row, template: str, tokenizer: Tokenizer, system: str | None = None) -> list[int]:
