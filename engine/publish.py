@@ -85,5 +85,5 @@ def _unwritable(target: Path, error: OSError) -> EngineError:
 def remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
-    else:
+    elif os.path.lexists(path):
         path.unlink(missing_ok=True)
