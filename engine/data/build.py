@@ -40,7 +40,7 @@ from engine.errors import ENVIRONMENT, EngineError
 VERSION = 4  # of the arrays' meaning and of the code that makes them; a change makes old caches strangers
 FIRST_BYTES = 64 << 10  # of a first row that is kept as text, for templates to be compared on
 BATCH, BATCH_BYTES = 1024, 4 << 20  # rows tokenised in one call, about, and their bytes
-WORKER_BYTES = 2 << 20  # of text for each process, which takes a third of a second to start
+WORKER_BYTES = 1 << 20  # of text for each process, which takes a third of a second to start
 
 # A row's facts. `answer`: where its last answer's first token is, -1 for plain text. The hashes are of all ids and of those before the answer.
 ROW = np.dtype([("length", "i4"), ("targets", "i4"), ("answer", "i4"), ("line", "i8"), ("task", "i4"), ("flags", "u2"), ("all", "u8"), ("prompt", "u8")])
@@ -74,7 +74,7 @@ def build(folder: Path, survey: FileSurvey, job: Job, tokenizer: Tokenizer, work
     progress = tqdm(total=sum(span.end - span.start for span in survey.spans), desc=f"tokenising {survey.path.name}", unit_scale=True,
                     unit=" rows" if survey.kind == "parquet" else "B", disable=not sys.stderr.isatty(), leave=False)
     with progress:
-        found = list(_write_spans(folder, survey, job, tokenizer, workers or _cores(), progress))
+        found = _write_spans(folder, survey, job, tokenizer, workers or _cores(), progress)
     if survey.state != state_of(survey.path):
         raise EngineError("DATA-CHANGED", f"{survey.path}: has changed while it was read; start again once nothing writes to it", ENVIRONMENT)
     index = {"sha256": survey.sha256, "bytes": survey.bytes, "lines": survey.lines, "records": sum(span["records"] for span in found),
@@ -86,18 +86,18 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _write_spans(folder: Path, survey: FileSurvey, job: Job, tokenizer: Tokenizer, most: int, progress: tqdm) -> Iterator[dict[str, Any]]:
+def _write_spans(folder: Path, survey: FileSurvey, job: Job, tokenizer: Tokenizer, most: int, progress: tqdm) -> list[dict[str, Any]]:
     """What `write_span` returns for each span, in their order."""
-    count = min(most, len(survey.spans), survey.bytes // WORKER_BYTES)
-    if count < 2:
-        for number, span in enumerate(survey.spans):
-            yield write_span(folder, number, span, job, tokenizer)
-            progress.update(span.end - span.start)
-        return
-    spans = iter(enumerate(survey.spans))  # shared by the threads below: each takes the next one when it is free
+    count = max(1, min(most, len(survey.spans), survey.bytes // WORKER_BYTES))
+    spans = iter(enumerate(survey.spans))  # shared by this process and the threads below: each takes the next one when it is free
     done: dict[int, dict[str, Any]] = {}
 
-    def manage(_: int) -> None:
+    def here() -> None:
+        for number, span in spans:
+            done[number] = write_span(folder, number, span, job, tokenizer)
+            progress.update(span.end - span.start)
+
+    def manage() -> None:
         try:
             with _Worker(folder, job, tokenizer) as worker:
                 for number, span in spans:
@@ -107,13 +107,16 @@ def _write_spans(folder: Path, survey: FileSurvey, job: Job, tokenizer: Tokenize
             list(spans)  # nothing is left to do for the others
             raise
 
-    with ThreadPoolExecutor(count) as threads:
+    with ThreadPoolExecutor(max(1, count - 1)) as threads:
+        others = [threads.submit(manage) for _ in range(count - 1)]
         try:
-            list(threads.map(manage, range(count)))
-        except KeyboardInterrupt:
+            here()  # this process is one of them: it is at work while the others start
+            for other in others:
+                other.result()
+        except BaseException:
             list(spans)
             raise
-    yield from (done[number] for number in range(len(survey.spans)))
+    return [done[number] for number in range(len(survey.spans))]
 
 
 class _Worker:

@@ -77,8 +77,9 @@ class Loader:
             while ahead:
                 step, batches = ahead.popleft().result()
                 ahead.extend(thread.submit(self._prepare, number) for number in islice(steps, 1))
-                # pinned memory is copied while the GPU computes; the stream keeps copies before what uses them
-                yield step, [batch.each(lambda tensor: tensor.to(self.device, non_blocking=True)) for batch in batches]
+                if self.device.type != "cpu":  # pinned memory is copied while the GPU computes; the stream keeps copies before what uses them
+                    batches = [batch.each(lambda tensor: tensor.to(self.device, non_blocking=True)) for batch in batches]
+                yield step, batches
         finally:
             thread.shutdown(wait=False, cancel_futures=True)
 
