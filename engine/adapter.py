@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from engine import lora, tensorfile
+from engine.config import Lora
 from engine.dropout import DropoutKeys
 from engine.errors import SECURITY, EngineError
 from engine.lora import WHOLE, LoRALinear
@@ -29,6 +30,14 @@ KNOWN = set("""alpha_pattern auto_mapping base_model_name_or_path exclude_module
     runtime_config target_modules task_type use_dora use_rslora bias ensure_weight_tying eva_config stable_gamma""".split())
 # Ways of starting that change the base's weights: such an adapter belongs to a base that is nowhere on disk.
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+def attach(model: nn.Module, options: Lora, keys: DropoutKeys, seed: int) -> None:
+    """Gives `model` the adapters that a recipe asks for: those of a folder, new ones, or none."""
+    if options.start:
+        load(model, Path(options.start), options.dropout, keys)
+    elif options.rank:
+        lora.apply(model, lora.Settings(**{name: value for name, value in vars(options).items() if name != "start"}), keys, seed)
 
 
 def save(model: nn.Module, folder: Path, base: str, dropout: float, revision: str | None = None) -> None:

@@ -126,6 +126,12 @@ def zeros(count: int, device: torch.device) -> torch.Tensor:
     return torch.zeros(count, dtype=torch.float64, device=device)
 
 
+def of_step(rows: Dataset, step: Step, summed: list[float], times: dict[str, float], flops: Flops, peak: float, device: torch.device) -> dict[str, float]:
+    """Losses, tokens, speed, seconds and memory of a step; arguments as below, `times` as a stopwatch reads them."""
+    return {**losses(rows, step, summed), "train/tokens": step.num_tokens, "train/targets": step.num_targets,
+            **speed(step, times["time/step"], flops, peak), **times, **memory(device)}
+
+
 def losses(rows: Dataset, step: Step, summed: list[float]) -> dict[str, float]:
     """The step's loss, the mean over its targets. Of several sources also each one's, and its share of the targets: the mean of
     their losses weighed by these shares is the loss.

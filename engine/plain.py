@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine import adapter, distributed, hub, lora, optim, precision, rundir, tensorfile
+from engine import adapter, distributed, hub, optim, precision, rundir, tensorfile
 from engine.attention import PackedAttention
 from engine.attention import choose as choose_attention
 from engine.config import Recipe
@@ -117,10 +117,7 @@ def build(cfg: Recipe, base: hub.Base, world: World) -> Subject:
                           cfg.train.activation_checkpointing, cfg.model.dropout, keys)
     if cfg.model.add_tokens:
         weights.add_rows(model, tokenizer.size - len(cfg.model.add_tokens), tokenizer.size)
-    if cfg.lora.start:
-        adapter.load(model, Path(cfg.lora.start), cfg.lora.dropout, keys)
-    elif cfg.lora.rank:
-        lora.apply(model, lora.Settings(**{name: value for name, value in vars(cfg.lora).items() if name != "start"}), keys, cfg.train.seed)
+    adapter.attach(model, cfg.lora, keys, cfg.train.seed)
     return Subject(cfg, rows, plan, world, model.train(), keys)
 
 

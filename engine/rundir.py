@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -83,13 +83,6 @@ def commit_of_base(path: Path, name: str) -> str | None:
     except (OSError, ValueError, LookupError):
         return None
     return base["commit"] if base["name"] == name else None
-
-
-def write_ledger(path: Path, accounts: dict[str, dict[str, Any]], left_out: Iterable[dict[str, str]]) -> None:
-    """ledger.json counts every row of every file by its fate; rejected.jsonl names those left out, with the reason."""
-    with (path / "rejected.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in left_out)
-    (path / "ledger.json").write_text(json.dumps(accounts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def finish(path: Path, results: dict[str, float]) -> None:

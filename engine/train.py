@@ -18,7 +18,7 @@ def main(argv: list[str]) -> int:
     # ---- Recipe: every mistake in it is told here, before torch takes its seconds to import -------------------------
     cfg = config.load(argv)
 
-    from engine import adapter, checkpoint, distributed, export, hub, lora, metrics, optim, precision, report, rundir
+    from engine import adapter, checkpoint, distributed, export, hub, metrics, optim, precision, report, rundir
     from engine.attention import PackedAttention
     from engine.attention import choose as choose_attention
     from engine.data import added_tokens, chat_template, checks, dataset, ledger, loader, view
@@ -62,10 +62,7 @@ def main(argv: list[str]) -> int:
                               cfg.train.activation_checkpointing, cfg.model.dropout, keys)
         if cfg.model.add_tokens:
             weights.add_rows(model, tokenizer.size - len(cfg.model.add_tokens), tokenizer.size)
-        if cfg.lora.start:
-            adapter.load(model, Path(cfg.lora.start), cfg.lora.dropout, keys)
-        elif cfg.lora.rank:
-            lora.apply(model, lora.Settings(**{name: value for name, value in vars(cfg.lora).items() if name != "start"}), keys, cfg.train.seed)
+        adapter.attach(model, cfg.lora, keys, cfg.train.seed)
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
         # ---- Optimizer and loss scale -------------------------------------------------------------------------------
@@ -94,7 +91,7 @@ def main(argv: list[str]) -> int:
         if world.is_first:
             checkpoint.prepare(run / "checkpoints", start, trained, cfg, num_steps, plan.steps_per_epoch)
             rundir.describe(run, cfg, {"base": {"name": cfg.model.path, "commit": base.commit}, **facts, **identity})
-            rundir.write_ledger(run, ledger.accounts(rows, held_out, plan.times_trained(start), counted), ledger.left_out(rows, held_out))
+            ledger.write(run, rows, held_out, plan.times_trained(start), counted)
         log.say(report.equation(run, cfg, base, plan, rows, num_steps, start, world.size, facts))
         log.text("recipe", f"```\n{config.dump(cfg)}```", 0)
         log.text("rows", view.as_markdown(rows, tokenizer, 3), 0)
@@ -145,10 +142,8 @@ def main(argv: list[str]) -> int:
             watch.lap("optimizer")
 
             done, times = number + 1, watch.read()
-            scalars = {**metrics.losses(rows, step, losses), "train/lr": lr, "train/grad_norm": norm, "train/loss_scale": used_scale,
-                       "train/skipped": int(not finite), "train/epoch": done / plan.steps_per_epoch, "train/tokens": step.num_tokens,
-                       "train/targets": step.num_targets, **metrics.speed(step, times["time/step"], flops, peak * world.size),
-                       **times, **metrics.memory(device)}
+            scalars = {"train/lr": lr, "train/grad_norm": norm, "train/loss_scale": used_scale, "train/skipped": int(not finite),
+                       "train/epoch": done / plan.steps_per_epoch, **metrics.of_step(rows, step, losses, times, flops, peak * world.size, device)}
 
             # Evaluate, log, save: each at its period, at ends of epochs, and at the end or a request to stop.
             leaving = done == num_steps or asked
@@ -164,7 +159,7 @@ def main(argv: list[str]) -> int:
                 moments = optim.state(optimizer, trained, world)  # sharded ones cross to rank 0, so every rank takes part
                 if world.is_first:
                     state = {"identity": identity, "scale": scale.state(), "best": best, "trained": counted}
-                    rundir.write_ledger(run, ledger.accounts(rows, held_out, plan.times_trained(done), counted), ledger.left_out(rows, held_out))
+                    ledger.write(run, rows, held_out, plan.times_trained(done), counted)
                     checkpoint.save(run / "checkpoints", done, checkpoint.Snapshot(trained, moments, state), cfg.checkpoint.keep, best["step"])
                 del moments
             if asked and done < num_steps:

@@ -3,8 +3,10 @@
 Sums are taken twice over: by file, from what the reader counted, and by document, from what the loop says that it trained.
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -90,6 +92,14 @@ def accounts(rows: Dataset, held_out: Dataset | None, times: np.ndarray, counted
     found = {"train": account(rows, times)}
     compare(found["train"], counted)
     return found | ({"validation": account(held_out)} if held_out else {})
+
+
+def write(folder: Path, rows: Dataset, held_out: Dataset | None, times: np.ndarray, counted: Counts) -> None:
+    """ledger.json counts every row of every file by its fate; rejected.jsonl names those left out, with the reason."""
+    found = accounts(rows, held_out, times, counted)
+    with (folder / "rejected.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in left_out(rows, held_out))
+    (folder / "ledger.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def compare(account: dict[str, Any], counted: Counts) -> None:
