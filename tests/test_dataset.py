@@ -109,9 +109,12 @@ def test_a_worker_that_dies_is_told(load, tmp_path, monkeypatch):
     path = write_rows(tmp_path / "rows.jsonl", ragged_rows(3000))
     monkeypatch.setattr("engine.data.cache.SPAN_BYTES", 10_000)
     monkeypatch.setattr(build, "WORKER_BYTES", 1000)
-    monkeypatch.setattr(build.sys, "executable", "false")
-    with pytest.raises(EngineError, match="rows.jsonl: the process that tokenised it ended with exit code 1"):
+    write, here = build.write_span, os.getpid()
+    monkeypatch.setattr(build, "write_span", lambda *all: write(*all) if os.getpid() == here else os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(EngineError, match="rows.jsonl: the process that tokenised it ended with exit code -9"):
         load(str(path), workers=2)
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)  # and no process is left
 
 
 BAD = '{"instruction": "a", "output": "b"}\n{"instruction": 3, "output": "b"}\n\n{broken\n{"instruction": "c", "output": "d"}\n'

@@ -1,7 +1,5 @@
 """A file of rows -> arrays in the cache: read, checked and tokenised once, by several processes, before ranks meet.
 
-    python -m engine.data.build        a worker: its job and then its spans come on standard input, a line of JSON each
-
 A file's folder in the cache holds for each span of the file
 
     00000.tokens.npy  00000.supervised.npy    ids and mask, all rows end to end
@@ -18,15 +16,16 @@ import json
 import os
 import re
 import signal
-import subprocess
+import socket
 import sys
+import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 import numpy as np
 from tqdm import tqdm
@@ -34,13 +33,13 @@ from tqdm import tqdm
 from engine.data.formats import FORMATS, BadRow, Row
 from engine.data.reading import FileSurvey, Span, position, records, state_of
 from engine.data.template import TEMPLATES
-from engine.data.tokenizer import Tokenizer, Tokens, learnt, load_tokenizer, tell_controls, tokenise
+from engine.data.tokenizer import Tokenizer, Tokens, learnt, tell_controls, tokenise
 from engine.errors import ENVIRONMENT, EngineError
 
 VERSION = 4  # of the arrays' meaning and of the code that makes them; a change makes old caches strangers
 FIRST_BYTES = 64 << 10  # of a first row that is kept as text, for templates to be compared on
 BATCH, BATCH_BYTES = 1024, 4 << 20  # rows tokenised in one call, about, and their bytes
-WORKER_BYTES = 1 << 20  # of text for each process, which takes a third of a second to start
+WORKER_BYTES = 1 << 20  # of text for each process
 
 # A row's facts. `answer`: where its last answer's first token is, -1 for plain text. The hashes are of all ids and of those before the answer.
 ROW = np.dtype([("length", "i4"), ("targets", "i4"), ("answer", "i4"), ("line", "i8"), ("task", "i4"), ("flags", "u2"), ("all", "u8"), ("prompt", "u8")])
@@ -88,71 +87,105 @@ def _cores() -> int:
 
 def _write_spans(folder: Path, survey: FileSurvey, job: Job, tokenizer: Tokenizer, most: int, progress: tqdm) -> list[dict[str, Any]]:
     """What `write_span` returns for each span, in their order."""
-    count = max(1, min(most, len(survey.spans), survey.bytes // WORKER_BYTES))
-    spans = iter(enumerate(survey.spans))  # shared by this process and the threads below: each takes the next one when it is free
+    spans = iter(range(len(survey.spans)))  # shared by this process and the threads below: each takes the next one when it is free
     done: dict[int, dict[str, Any]] = {}
 
-    def here() -> None:
-        for number, span in spans:
-            done[number] = write_span(folder, number, span, job, tokenizer)
-            progress.update(span.end - span.start)
+    def here(number: int) -> dict[str, Any]:
+        return write_span(folder, number, survey.spans[number], job, tokenizer)
 
-    def manage() -> None:
+    def go_on(write: Callable[[int], dict[str, Any]]) -> None:
         try:
-            with _Worker(folder, job, tokenizer) as worker:
-                for number, span in spans:
-                    done[number] = worker.write(number, span)
-                    progress.update(span.end - span.start)
-        except BaseException:
-            list(spans)  # nothing is left to do for the others
-            raise
+            for number in spans:
+                done[number] = write(number)
+                progress.update(survey.spans[number].end - survey.spans[number].start)
+        finally:
+            list(spans)  # after a failure nothing is left to do for the others
 
-    with ThreadPoolExecutor(max(1, count - 1)) as threads:
-        others = [threads.submit(manage) for _ in range(count - 1)]
-        try:
-            here()  # this process is one of them: it is at work while the others start
-            for other in others:
-                other.result()
-        except BaseException:
-            list(spans)
-            raise
+    count = max(1, min(most, len(survey.spans), survey.bytes // WORKER_BYTES))  # this process is one of them
+    with _workers(count - 1, here, survey.path) as workers, ThreadPoolExecutor(max(1, len(workers))) as threads:
+        others = [threads.submit(go_on, worker.write) for worker in workers]
+        go_on(here)
+        for other in others:
+            other.result()
     return [done[number] for number in range(len(survey.spans))]
 
 
+@contextmanager
+def _workers(count: int, write: Callable[[int], dict[str, Any]], path: Path) -> Iterator[list["_Worker"]]:
+    """Processes forked from this one, each of which does `write` where it is asked to; they are gone after the block."""
+    if not count:
+        yield []
+        return
+    os.putenv("TOKENIZERS_PARALLELISM", "false")  # the processes are as many as cores; the library looks there at each call and when it is forked
+    workers = [_Worker(write, path) for _ in range(count)]  # before there are threads
+    failed = True
+    try:
+        yield workers
+        failed = False
+    finally:
+        for worker in workers:
+            worker.end(kill=failed)
+        os.unsetenv("TOKENIZERS_PARALLELISM")
+
+
 class _Worker:
-    """A process that writes spans. Talked to in JSON, so that nothing is ever unpickled; it ends with its standard input."""
+    """A forked process: it has the tokenizer and all else from the start. Told numbers, it answers in JSON, so nothing is ever unpickled."""
 
-    def __init__(self, folder: Path, job: Job, tokenizer: Tokenizer) -> None:
-        self.process = subprocess.Popen([sys.executable, "-m", "engine.data.build"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                        encoding="utf-8", cwd=Path(__file__).parents[2])
-        self._send({"job": asdict(job), "folder": str(folder.absolute()), "tokenizer": [str(path.absolute()) for path in tokenizer.loaded_from]})
+    def __init__(self, write: Callable[[int], dict[str, Any]], path: Path) -> None:
+        self.path = path
+        self.socket, theirs = socket.socketpair()
+        self.pid = os.fork()
+        if not self.pid:
+            self._serve(write, theirs)
+        theirs.close()
+        self.stream = self.socket.makefile("rw", encoding="utf-8")
 
-    def write(self, number: int, span: Span) -> dict[str, Any]:
-        self._send({**asdict(span), "path": str(span.path.absolute()), "number": number})
-        if not (answer := self.process.stdout.readline()):
-            raise EngineError("DATA-WORKER", f"{span.path}: the process that tokenised it ended with exit code {self.process.wait()}, its last words are "
+    def _serve(self, write: Callable[[int], dict[str, Any]], asked: socket.socket) -> NoReturn:
+        try:
+            with suppress(AttributeError, OSError):  # not Linux: then it ends with its span
+                ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan writes beside the next launch's build
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # those that reach all processes; the one that forked this one ends it
+                signal.signal(number, signal.SIG_IGN)
+            with asked.makefile("rw", encoding="utf-8") as stream:
+                for line in stream:
+                    try:
+                        answer = write(int(line))
+                    except EngineError as error:
+                        answer = {"error": [error.name, error.text, error.exit_code]}
+                    print(json.dumps(answer), file=stream, flush=True)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+        finally:
+            os._exit(1)
+
+    def write(self, number: int) -> dict[str, Any]:
+        with suppress(BrokenPipeError):  # it has died, which there is no answer tells
+            print(number, file=self.stream, flush=True)
+        try:
+            answer = self.stream.readline()
+        except ConnectionResetError:
+            answer = ""
+        if not answer:
+            code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            self.pid = 0
+            raise EngineError("DATA-WORKER", f"{self.path}: the process that tokenised it ended with exit code {code}, its last words are "
                               "above; if it was killed, memory ran out: set data.workers=1", ENVIRONMENT)
         if error := (found := json.loads(answer)).get("error"):
             raise EngineError(*error)
         return found
 
-    def _send(self, message: dict[str, Any]) -> None:
-        try:
-            self.process.stdin.write(json.dumps(message) + "\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it has died, which `write` tells
-
-    def __enter__(self) -> "_Worker":
-        return self
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind is not None:
-            self.process.kill()
+    def end(self, kill: bool) -> None:
+        """Waits until it is gone; `kill`: in the middle of what it does."""
+        if self.pid:
+            if kill:
+                os.kill(self.pid, signal.SIGKILL)
+            self.socket.shutdown(socket.SHUT_WR)  # closing would not do: workers forked later hold the socket too
+            os.waitpid(self.pid, 0)
         with suppress(BrokenPipeError):
-            self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
+            self.stream.close()
+        self.socket.close()
 
 
 def write_span(folder: Path, number: int, span: Span, job: Job, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -234,24 +267,3 @@ def _batches(items: Iterator[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def main() -> None:
-    with suppress(AttributeError, OSError):  # not Linux: then it ends with its span
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan writes beside the next launch's build
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the one that started this one tells it to end
-    os.putenv("TOKENIZERS_PARALLELISM", "false")  # workers are as many as cores; set for the library in this process, which looks there at each call
-    message = json.loads(sys.stdin.readline())
-    folder, job, tokenizer = Path(message["folder"]), Job(**message["job"]), load_tokenizer(*map(Path, message["tokenizer"]))
-    for line in sys.stdin:
-        span = json.loads(line)
-        number = span.pop("number")
-        try:
-            answer = write_span(folder, number, Span(**{**span, "path": Path(span["path"])}), job, tokenizer)
-        except EngineError as error:
-            answer = {"error": [error.name, error.text, error.exit_code]}
-        print(json.dumps(answer), flush=True)
-
-
-if __name__ == "__main__":
-    main()

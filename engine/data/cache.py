@@ -18,7 +18,7 @@ from engine.data.tokenizer import Tokenizer
 from engine.errors import ENVIRONMENT, EngineError
 from engine.publish import built_once, locked, published
 
-SPANS, SPAN_BYTES = 64, 512 << 10  # spans of a file, about, and the least bytes of one; large files have more, of reading.SPAN
+SPANS, SPAN_BYTES = 64, 256 << 10  # spans of a file, about, and the least bytes of one; large files have more, of reading.SPAN
 RELEASED_BYTES, MAPPED = 16 << 20, 64  # read of mapped arrays before they are let go; shards mapped at a time
 RESTED_S = 2  # seconds without a write after which a file's times are believed
 

@@ -31,7 +31,6 @@ class Tokenizer(Protocol):
     eos: int
     ends: frozenset[int]  # eos, and what generation_config.json lists beside it
     digest: str  # SHA-256 of the files that decide ids
-    loaded_from: tuple[Path, Path]  # its folder and the model's, for another process to load it
     spaced: frozenset[str]  # the places, see `_places`, where it takes text for a word's beginning and may put a space in front
 
     def encode(self, text: str) -> list[int]: ...
@@ -45,7 +44,7 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(folder: Path, model: Path | None = None) -> "Tokenizer":
-    """The tokenizer of a folder; `model`: the model's folder, where it is another. It remembers both as `loaded_from`."""
+    """The tokenizer of a folder; `model`: the model's folder, where it is another."""
     settings, generation = read_json(folder / "tokenizer_config.json"), read_json(folder / "generation_config.json")
     if (folder / "tokenizer.json").is_file():
         found = JsonTokenizer(folder, settings, generation, read_json((model or folder) / "config.json"))
@@ -53,7 +52,6 @@ def load_tokenizer(folder: Path, model: Path | None = None) -> "Tokenizer":
         found = SentencePiece(folder, settings, generation)
     else:
         raise EngineError("TOKENIZER-FILE", f"{folder}: has neither tokenizer.model nor tokenizer.json")
-    found.loaded_from = (folder, model or folder)
     return found
 
 
