@@ -43,7 +43,7 @@ def test_processes_and_spans_change_nothing(load, tmp_path, monkeypatch):
     monkeypatch.setattr("engine.data.cache.SPAN_BYTES", 10_000)
     monkeypatch.setattr(build, "WORKER_BYTES", 1000)
     parts = load(str(path), cache=str(tmp_path / "other"), workers=3)
-    assert len(parts.files[0].index["spans"]) > 10 and len(whole.files[0].index["spans"]) == 1
+    assert len(parts.files[0].index["spans"]) > 10 and len(whole.files[0].index["spans"]) < 3
     assert rows_of(parts) == rows_of(whole) and np.array_equal(parts.rows, whole.rows) and parts.tasks == whole.tasks and parts.digest == whole.digest
     assert [parts.where(row) for row in (0, 1500, 2999)] == [f"{path}:{line}" for line in (1, 1501, 3000)]
 

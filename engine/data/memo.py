@@ -19,7 +19,6 @@ with what is no white space. There each begins where a token begins with a space
 import json
 import re
 from collections.abc import Sequence
-from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -72,6 +71,7 @@ class Memo:
         self.find_plain = re.compile("|".join(map(re.escape, plain))).search if plain else None
         self.find_run = re.compile(r"\s ").search
         self.cut = re.compile(r"(?<=\S) ").split
+        self.leads = np.full(max(model.get_vocab_size(with_added_tokens=True), max(model.get_added_tokens_decoder(), default=0) + 1), -1, np.int8)
         self._forget()
 
     def _forget(self) -> None:
@@ -113,7 +113,7 @@ class Memo:
         ids, sizes = joined([one.ids for one in self.model.encode_batch_fast([*others, *texts], add_special_tokens=False)])
         ends = np.cumsum(sizes[: len(others)])
         first = int(ends[-1]) if others else 0  # of the words' ids
-        begins = np.concatenate([ends - sizes[: len(others)], first + np.flatnonzero(self._begins_with_space[ids[first:]])])
+        begins = np.concatenate([ends - sizes[: len(others)], first + np.flatnonzero(self._begin_with_space(ids[first:]))])
         numbers = np.array([*self.others, *self.words], np.int64)
         assert len(begins) == len(numbers), "each word has one token that begins with a space"
         new = np.empty((2, len(numbers)), np.int64)
@@ -122,13 +122,11 @@ class Memo:
         self.ids = np.concatenate([self.ids, ids])
         self.others, self.words = {}, {}
 
-    @cached_property
-    def _begins_with_space(self) -> np.ndarray:
-        """Of every id."""
-        vocabulary = self.model.get_vocab(with_added_tokens=True)
-        found = np.zeros(max(vocabulary.values()) + 1, bool)
-        found[[number for token, number in vocabulary.items() if token.startswith(SPACE)]] = True
-        return found
+    def _begin_with_space(self, ids: np.ndarray) -> np.ndarray:
+        """Of every id. The library is asked once for each, as handing over a whole vocabulary takes it longer."""
+        new = np.unique(ids[self.leads[ids] < 0])
+        self.leads[new] = [self.model.id_to_token(number).startswith(SPACE) for number in new.tolist()]
+        return self.leads[ids] > 0
 
 
 class _Numbers(dict):
