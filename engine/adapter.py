@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from engine import lora, tensorfile
@@ -134,11 +132,11 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if not (folder / WEIGHTS).is_file() and (folder / "adapter_model.bin").is_file():
             raise EngineError("LORA-PICKLE", f"{folder / 'adapter_model.bin'}: is a pickle, which can run code when read, and is never loaded; load it "
                               "with PEFT where you trust it and save it again, which writes safetensors", SECURITY)
-        config, tensors = json.loads(path.read_text(encoding="utf-8")), load_file(folder / WEIGHTS)
+        config, tensors = json.loads(path.read_text(encoding="utf-8")), tensorfile.load(folder / WEIGHTS)
         alphas = [config["lora_alpha"], *(config.get("alpha_pattern") or {}).values()]
         if not all(type(alpha) in (int, float) for alpha in alphas):
             raise ValueError(f"lora_alpha and alpha_pattern: got {alphas}, expected numbers")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise EngineError("LORA-FOLDER", f"{folder}: cannot be read as an adapter: {error}; expected PEFT's layout") from error
     odd = [f"{key}={value!r}" for key, value in config.items() if key not in KNOWN and value not in (None, False, [], {})]
     odd += [f"{key}={config[key]!r}" for key, good in (("peft_type", ("LORA",)), ("bias", ("none",)), ("init_lora_weights", PLAIN_STARTS))

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from engine import space, tensorfile
@@ -117,7 +116,10 @@ def load(folder: Path, step: int) -> Snapshot:
     path = folder / f"step-{step:09d}"
     if problem := damage(path):
         raise EngineError("CHECKPOINT-DAMAGED", f"{path}: {problem}", CHECKPOINT)
-    return Snapshot(load_file(path / FILES[0]), load_file(path / FILES[1]), json.loads((path / FILES[2]).read_text(encoding="utf-8")))
+    try:
+        return Snapshot(tensorfile.load(path / FILES[0]), tensorfile.load(path / FILES[1]), json.loads((path / FILES[2]).read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError) as error:  # its sums are right, so whoever wrote it wrote it so, or it is being changed
+        raise EngineError("CHECKPOINT-DAMAGED", f"{path}: cannot be read: {error}; restore it, or choose another run.name", CHECKPOINT) from error
 
 
 def damage(path: Path) -> str | None:

@@ -229,13 +229,13 @@ def ranks(size: int) -> str:
 
 def apart(found: Path, suffix: str, expected: Path) -> float:
     """‖found − expected‖ ÷ ‖expected‖ over all tensors of two files, named in the first with a suffix."""
-    from safetensors import safe_open
+    from engine import tensorfile
 
     off = total = 0.0
-    with safe_open(found, "pt") as one, safe_open(expected, "pt") as other:
-        for name in other.keys():
-            truth = other.get_tensor(name).double()
-            off += float((one.get_tensor(name + suffix).double() - truth).square().sum())
+    with tensorfile.Reader(found) as one, tensorfile.Reader(expected) as other:
+        for name in other.entries:
+            truth = other.tensor(name).double()
+            off += float((one.tensor(name + suffix).double() - truth).square().sum())
             total += float(truth.square().sum())
     return (off / total) ** 0.5
 

@@ -7,11 +7,11 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from engine import tensorfile
@@ -48,14 +48,13 @@ def build(folder: Path, init: str, seed: int, dtype: torch.dtype, arithmetic: to
     with torch.device("meta"):
         model = family.model(config, arithmetic, checkpoint_every, dropout, keys)
     if init == "random":
-        tensors = _random_tensors(model, config.initializer_range, seed)
+        tensors = ((name, tensor.to(device).to(dtype)) for name, tensor in _random_tensors(model, config.initializer_range, seed))
     else:
-        tensors = read_folder(folder, expected={name: tensor.shape for name, tensor in model.state_dict().items()},
-                              tied={"lm_head.weight"} if config.tie_word_embeddings else set())
+        tensors = read_folder(folder, {name: tensor.shape for name, tensor in model.state_dict().items()},
+                              {"lm_head.weight"} if config.tie_word_embeddings else set(), dtype, device)
     for name, tensor in tensors:
         owner = model.get_submodule(name.rpartition(".")[0])
-        # To the device as it is stored, then to its type: a conversion here would leave a hole in the host's memory each time.
-        owner._parameters[name.rpartition(".")[2]] = nn.Parameter(tensor.to(device).to(dtype))
+        owner._parameters[name.rpartition(".")[2]] = nn.Parameter(tensor)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model
@@ -90,8 +89,8 @@ def add_rows(model: nn.Module, first: int, last: int) -> None:
     model.config = dataclasses.replace(model.config, vocab_size=len(embedding.weight))
 
 
-def read_folder(folder: Path, expected: dict[str, torch.Size], tied: set[str]) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) for every expected name, one at a time, after all names and shapes were compared.
+def read_folder(folder: Path, expected: dict[str, torch.Size], tied: set[str], dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) for every expected name, in `dtype` on `device`, one at a time, after all names and shapes were compared.
 
     Args:
         tied: names that may be absent, because the model shares them with another.
@@ -99,11 +98,13 @@ def read_folder(folder: Path, expected: dict[str, torch.Size], tied: set[str]) -
     Raises:
         EngineError: a list of what is missing, unexpected or misshapen; a file that is no safetensors.
     """
-    place = _files_by_name(folder)
+    files = _files(folder)
     shapes: dict[str, list[int]] = {}
-    for path in sorted(set(place.values())):
-        with _open(path) as file:
-            shapes.update({name: file.get_slice(name).get_shape() for name in file.keys()})
+    for path in files:
+        with _opened(path) as file:
+            if twice := sorted(shapes.keys() & file.entries.keys()):
+                raise EngineError("MODEL-WEIGHTS", f"{path}: has {twice[0]}, which another file of the folder has too; fetch or convert them again")
+            shapes.update({name: entry.shape for name, entry in file.entries.items()})
     ignored = {name for name in shapes if name.endswith("rotary_emb.inv_freq")}  # older exports stored this constant
     problems = [f"  missing    {name} {list(shape)}" for name, shape in expected.items() if name not in shapes and name not in tied]
     problems += [f"  unexpected {name} {shape}" for name, shape in shapes.items() if name not in expected and name not in ignored]
@@ -112,34 +113,39 @@ def read_folder(folder: Path, expected: dict[str, torch.Size], tied: set[str]) -
     if problems:
         shown = problems[:20] + ([f"  … and {len(problems) - 20} more"] if len(problems) > 20 else [])
         raise EngineError("MODEL-WEIGHTS", f"{folder}: weights do not fit config.json:\n" + "\n".join(shown))
-    for path in sorted(set(place.values())):
-        with _open(path) as file:
-            for name in file.keys():
+    for path in files:
+        with _opened(path) as file:
+            for name in file.entries:
                 if name in expected and name not in tied:
-                    yield name, file.get_tensor(name)
+                    yield name, file.tensor(name, dtype, device)
 
 
-def _files_by_name(folder: Path) -> dict[str, Path]:
+def _files(folder: Path) -> list[Path]:
+    """Those that hold a folder's weights. One may be a link, as all are in the hub's cache; what it leads to is read as weights or not at all."""
     index, single = folder / INDEX, folder / "model.safetensors"
     if index.is_file():
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        for file in set(weight_map.values()):
-            if Path(file).name != file:
-                raise EngineError("MODEL-PATH", f"{index}: names {file!r}, expected a plain file name", SECURITY)
-        return {name: folder / file for name, file in weight_map.items()}
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise EngineError("MODEL-WEIGHTS", f"{index}: cannot be read: {error!r}; expected weight_map, the file of each tensor") from error
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+                raise EngineError("MODEL-PATH", f"{index}: names {name!r}, expected the plain name of a .safetensors file beside it", SECURITY)
+        return [folder / name for name in sorted(names)]
     if single.is_file():
-        with _open(single) as file:
-            return {name: single for name in file.keys()}
+        return [single]
     if pickled := [*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.pt")]:
         raise EngineError("MODEL-PICKLE", f"{pickled[0]}: is a pickle, which can run code when read, and is never loaded; "
                           f"where you trust it, convert it: transformers.AutoModelForCausalLM.from_pretrained('{folder}').save_pretrained('NEW')", SECURITY)
     raise EngineError("MODEL-WEIGHTS", f"{folder}: has neither model.safetensors nor {INDEX}; set model.init=random to start without weights")
 
 
-def _open(path: Path) -> Any:
+@contextmanager
+def _opened(path: Path) -> Iterator[tensorfile.Reader]:
     try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
+        with tensorfile.Reader(path) as file:
+            yield file
+    except (OSError, ValueError) as error:
         raise EngineError("MODEL-WEIGHTS", f"{path}: cannot be read as safetensors: {error}; fetch or convert it again") from error
 
 
