@@ -6,6 +6,8 @@ Nothing here imports torch: a mistake in a recipe is told within a second, and a
 import difflib
 import glob
 import json
+import math
+import re
 import sys
 from collections.abc import Iterator
 from copy import copy
@@ -21,6 +23,7 @@ from engine import hub
 from engine.errors import EngineError
 
 DEFAULT_RECIPE = "recipes/quickstart.yaml"
+LARGEST = 64 << 10  # bytes of a recipe; one with every option has 4,000
 
 
 def option(default: Any, text: str, choices: tuple = (), low: float | None = None, high: float | None = None) -> Any:
@@ -259,11 +262,16 @@ def help_text() -> str:
 def _leaves_of_file(path: Path, problems: list[str]) -> Iterator[tuple[str, Any, str]]:
     """(dotted key, value, path:line) for every leaf of a YAML recipe. Plain YAML: no tags, so nothing is executed."""
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        with path.open("rb") as file:
+            text = file.read(LARGEST + 1)
+        if len(text) > LARGEST:
+            problems.append(f"{path}: has more than {LARGEST:,} bytes; expected a recipe such as {DEFAULT_RECIPE}")
+            return
+        root = yaml.compose(text.decode("utf-8"), Loader=_Loader)
     except OSError as error:
         problems.append(f"{path}: cannot be read ({error.strerror}); expected a recipe such as {DEFAULT_RECIPE}")
         return
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         problems.append(f"{path}:{mark.line + 1 if mark else 1}: not YAML: {getattr(error, 'problem', error)}")
         return
@@ -276,6 +284,9 @@ def _leaves_of_node(node: yaml.Node, prefix: str, path: Path, problems: list[str
         problems.append(f"{path}:{node.start_mark.line + 1}: got a {node.id}, expected sections of options")
         return
     for key_node, value_node in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            problems.append(f"{path}:{key_node.start_mark.line + 1}: got a {key_node.id} as a name, expected an option's")
+            continue
         key, place = prefix + str(key_node.value), f"{path}:{key_node.start_mark.line + 1}"
         if key in seen:
             problems.append(f"{place}: {key} is given twice; keep one")
@@ -285,8 +296,8 @@ def _leaves_of_node(node: yaml.Node, prefix: str, path: Path, problems: list[str
             yield from _leaves_of_node(value_node, key + ".", path, problems, seen)
             continue
         try:
-            yield key, yaml.SafeLoader("").construct_object(value_node, deep=True), place
-        except yaml.YAMLError as error:
+            yield key, _Loader("").construct_object(value_node, deep=True), place
+        except (yaml.YAMLError, ValueError) as error:
             problems.append(f"{place}: {key}: {getattr(error, 'problem', error)}")
 
 
@@ -294,9 +305,29 @@ def _leaves_of_arguments(arguments: list[str], problems: list[str]) -> Iterator[
     for argument in arguments:
         key, text = argument.split("=", 1)
         try:
-            yield key, yaml.safe_load(text), "command line"
-        except yaml.YAMLError:
-            problems.append(f"command line: {argument}: the value is not YAML; quote it")
+            yield key, yaml.load(text, _Loader), "command line"
+        except (yaml.YAMLError, ValueError, RecursionError):
+            problems.append(f"command line: {argument if len(argument) < 200 else key}: the value is not YAML; quote it")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as it looks: numbers are decimal (no octal 010, no 1:30 for 90; 1e-4 is one), dates are text, and no alias stands for
+    what is elsewhere, as nine lines of aliases to aliases can stand for a billion values."""
+
+    yaml_implicit_resolvers = {first: [(tag, form) for tag, form in found if tag.rpartition(":")[2] not in ("int", "float", "timestamp")]
+                               for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(None, None, f"got the alias *{event.anchor}, expected what it stands for", event.start_mark)
+        return super().compose_node(parent, index)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(
+    r"([-+]?([0-9][0-9_]*(\.[0-9_]*([eE][-+]?[0-9]+)?|[eE][-+]?[0-9]+)|\.[0-9][0-9_]*([eE][-+]?[0-9]+)?|\.(inf|Inf|INF))|\.(nan|NaN|NAN))$"),
+    list("-+.0123456789"))
 
 
 def _assign(merged: Any, key: str, value: Any) -> str | None:
@@ -306,10 +337,13 @@ def _assign(merged: Any, key: str, value: Any) -> str | None:
         return f"unknown option {key}{_nearest(key, list(known))}"
     metadata = known[key].metadata
     kind = known[key].type
+    if interpolated := _interpolation(value):
+        return f"{key}: got {interpolated!r}, expected the value itself: a recipe is not filled in from elsewhere"
     if kind is Any and (problem := _wrong_sources(value)):
         return f"{key}{problem}"
-    if isinstance(value, bool) and kind is not bool:
-        return f"{key}: got {value}, expected {_kind(kind)}"
+    truth = isinstance(value, bool)
+    if truth and kind is not bool or kind is bool and not truth and isinstance(value, int) or isinstance(value, (set, bytes)) or value == "???":
+        return f"{key}: got {value!r}, expected {_kind(kind)}"  # OmegaConf would make something of it
     try:
         OmegaConf.update(merged, key, value, merge=False)
         value = OmegaConf.select(merged, key)
@@ -319,9 +353,20 @@ def _assign(merged: Any, key: str, value: Any) -> str | None:
     if wrong:
         return f"{key}: got {wrong[0]!r}, expected one of {', '.join(metadata['choices'])}{_nearest(str(wrong[0]), metadata['choices'])}"
     low, high = metadata["low"], metadata["high"]
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{key}: got {value}, expected a finite number"
     if isinstance(value, (int, float)) and ((low is not None and not value >= low) or (high is not None and not value <= high)):
         return f"{key}: got {value}, expected {f'at least {low}' if high is None else f'{low} to {high}'}"
     return None
+
+
+def _interpolation(value: Any) -> str | None:
+    """A text with ${…}, at any depth. OmegaConf would read the environment for ${oc.env:NAME}, and the recipe's copy would show it."""
+    if isinstance(value, (list, tuple, set)):
+        return next(filter(None, map(_interpolation, value)), None)
+    if isinstance(value, dict):
+        return _interpolation([*value.keys(), *value.values()])
+    return value if isinstance(value, str) and "${" in value else None
 
 
 def _wrong_sources(value: Any) -> str | None:
@@ -428,5 +473,5 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "optim.warmup_steps", "and optim.warmup_ratio are both given; keep one"
     if recipe.evaluate.exact_match_rows and not recipe.data.validation:
         yield "evaluate.exact_match_rows", "needs data.validation"
-    if recipe.run.name and ("/" in recipe.run.name or recipe.run.name.startswith(".")):
+    if recipe.run.name and ("/" in recipe.run.name or recipe.run.name.startswith(".") or not recipe.run.name.isprintable()):
         yield "run.name", f"got {recipe.run.name!r}, expected a plain folder name; run.folder sets where it lies"

@@ -5,7 +5,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, held
 
 from engine import config
 from engine.errors import USER, EngineError
@@ -111,3 +111,96 @@ def test_every_recipe_loads_once_its_files_are_there(path, monkeypatch):
     loaded = config.load([str(path)])
     assert loaded.run.name == path.stem
     assert path.read_text(encoding="utf-8").startswith("# ") and "torchrun" in path.read_text(encoding="utf-8")
+
+
+# --- What YAML makes of things -----------------------------------------------------------------------------------------
+
+OK = {"optim.lr": [("1e-4", 1e-4), ("1.e-4", 1e-4), ("1E-4", 1e-4), (".5", 0.5), ("1", 1.0), ("+1.5", 1.5), ("'1e-4'", 1e-4), ("1_0.5", 10.5)],
+      "train.epochs": [("1_000", 1000), ("010", 10), ("'3'", 3), ("+3", 3)], "train.max_steps": [("null", None), ("~", None), ("", None), ("7", 7)],
+      "data.packing": [("yes", True), ("no", False), ("Off", False), ("TRUE", True), ("'on'", True)],
+      "run.name": [("123", "123"), ("2026-11-25", "2026-11-25"), ("1:30", "1:30"), ("'no'", "no"), ("1e3", "1000.0"), ("0x10", "0x10")],
+      "lora.targets": [("[q_proj]", ["q_proj"]), ("[]", [])]}
+WRONG = {"optim.lr": ["fast", "null", "true", "[1]", "{a: 1}", "1,5", "1:30", ".inf", "-.inf", ".nan", "!!float x", "inf", "nan", "-1", "1e999"],
+         "train.epochs": ["1.5", "1e3", "0x10", "0b11", "1:30", "true", "yes", "null", "''", "0", "-1", "9" * 5000, "!!int x"],
+         "data.packing": ["2", "maybe", "null", "1.0", "[true]"], "run.name": ["true", "no", "[a]", "{a: b}", "!!set {a, b}", "!!binary _w==", "a\\nb", "???"],
+         "train.max_steps": ["none", "0"], "lora.targets": ["[q_proj", "{a: b}", "q_proj", "3", "null"], "train.precision": ["16", "bf61", "null"]}
+
+
+@pytest.mark.parametrize("key, text, value", [(key, *case) for key, cases in OK.items() for case in cases])
+def test_what_yaml_means_is_what_it_looks_like(recipe, tmp_path, key, text, value):
+    section, name = key.split(".")
+    arguments = [argument for argument in recipe() if not argument.startswith(f"{key}=")]
+    (tmp_path / "recipe.yaml").write_text(f"{section}:\n  {name}: {text}\n")
+    for argv in (arguments, [*arguments, f"{key}={text}"]):
+        assert getattr(getattr(config.load(argv), section), name) == (value or ("recipe" if name == "name" else value))
+
+
+@pytest.mark.parametrize("key, text", [(key, text) for key, cases in WRONG.items() for text in cases])
+def test_what_yaml_makes_of_it_is_of_another_kind(recipe, tmp_path, key, text):
+    section, name = key.split(".")
+    (tmp_path / "recipe.yaml").write_text(f"{section}:\n  {name}: {text}\n" if "\\" not in text else f'{section}:\n  {name}: "{text}"\n')
+    arguments = [argument for argument in recipe() if not argument.startswith(f"{key}=")]
+    assert f"{tmp_path}/recipe.yaml:" in message(arguments)
+    if "\\" not in text:
+        (tmp_path / "recipe.yaml").write_text("{}")
+        assert f"command line: {key}" in message([*arguments, f"{key}={text}"])
+
+
+@pytest.mark.parametrize("key", [key for key, spec in config.options().items() if spec.metadata["low"] is not None or spec.metadata["choices"]])
+def test_values_out_of_range_are_refused(recipe, key):
+    spec = config.options()[key]
+    low, high = spec.metadata["low"], spec.metadata["high"]
+    whole = "int" in str(spec.type)
+    wrong = [low - 1, low - (1 if whole else 1e-9)] if low is not None else ["nosuch"]
+    wrong += [high + 1e-9, high + 1] if high is not None and not whole else []
+    for value in wrong:
+        text = f"[{value}]" if spec.type == list[str] else value
+        assert f"command line: {key}: got" in message(recipe(f"{key}={text}"))
+
+
+# --- Hostile recipes: told within a second and in little memory --------------------------------------------------------
+
+BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30)) + "data: {train: *a29}\n"
+HOSTILE = {
+    "a key twice": ("optim:\n  lr: 1\n  lr: 2\n", ":3: optim.lr is given twice"), "a section twice": ("optim: {lr: 1}\noptim: {lr: 1}\n",
+    "optim is given twice"),
+    "a tab": ("optim:\n\tlr: 1\n", ":2: not YAML"), "indentation": ("optim:\n  lr: 1\n eps: 1\n", ":3: not YAML"), "100 MB": (None,
+    "has more than 65,536 bytes"),
+    "a bomb of aliases": (BOMB, ":2: not YAML: got the alias *a0"), "a recursive alias": ("data: &a {train: *a}\n", ":1: not YAML: got the alias *a"),
+    "a merge": ("optim: &a {lr: 1}\ntrain: {<<: *a}\n", ":2: not YAML: got the alias"), "deep lists": ("data: {train: " + "[" * 60_000, "not YAML"),
+    "deep sections": ("optim:\n  lr: " + "{a: " * 12_000 + "1" + "}" * 12_000, "not YAML"), "two documents": ("{}\n---\n{}\n", ":2: not YAML"),
+    "an object": ("optim:\n  lr: !!python/object/apply:os.system ['true']\n", ":2: optim.lr: could not determine a constructor"),
+    "a target": ("optim:\n  _target_: os.system\n", "unknown option optim._target_"), "not UTF-8": (b"run: {name: \xff}\n", ":1: not YAML"),
+    "a NUL": ("run: {name: a\0b}\n", "not YAML"), "a list": ("- run\n", ":1: got a sequence"), "a key that is a list": ("? [a, b]\n: 1\n",
+    "got a sequence as a name"),
+    "a folder": ("folder", "cannot be read (Is a directory)"),
+    "no end": ("/dev/zero", "has more than 65,536 bytes"),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_hostile_recipe_is_refused_at_once(tmp_path, what):
+    content, words = HOSTILE[what]
+    path = tmp_path / "recipe.yaml"
+    if content is None:
+        path.write_bytes(b"run:\n  name: x\n" + b"# a comment\n" * 9_000_000)
+    elif content in ("folder", "/dev/zero"):
+        path = tmp_path if content == "folder" else content
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    def refused() -> None:
+        found = message([str(path)])
+        assert words in found and len(found) < 2000, found
+
+    held(refused, seconds=1.0, megabytes=100)
+
+
+@pytest.mark.parametrize("text", ["${oc.env:SECRET}", "${oc.create:${oc.env:SECRET}}", "${nosuch:1}", "${run.name}", "x-${run.folder}",
+                                  "[{path: '${oc.env:SECRET}'}]",
+                                  "{'${oc.env:SECRET}': 1}"])
+@pytest.mark.parametrize("key", ["run.name", "data.train", "data.format", "lora.rank_pattern", "optim.lr", "lora.targets", "run.folder"])
+def test_nothing_is_filled_in_from_the_environment(recipe, monkeypatch, key, text):
+    monkeypatch.setenv("SECRET", "canary-4711")
+    found = message(recipe(f"{key}={text}"))
+    assert f"command line: {key}" in found and "canary" not in found and "${" in found
