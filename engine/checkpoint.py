@@ -101,6 +101,9 @@ def newest_whole(folder: Path) -> int | None:
         if problem is None:
             if unknown := sorted(set(os.listdir(folder / f"step-{step:09d}")) - {*FILES, MANIFEST}):
                 print(f"WARNING: {folder}/step-{step:09d}: ignoring what is none of a checkpoint's files: {', '.join(unknown)}", file=sys.stderr, flush=True)
+            if strange := _others_may_write(folder / f"step-{step:09d}"):
+                print(f"WARNING: {strange}: another user may write there. A checkpoint's sums tell damage, not forgery: where you do not trust them all, "
+                      "begin anew, else chown and chmod go-w it", file=sys.stderr, flush=True)
             if damaged:
                 print(f"WARNING: passing over damaged checkpoints: {'; '.join(damaged)}. Going on from step {step}", file=sys.stderr, flush=True)
             return step
@@ -108,6 +111,15 @@ def newest_whole(folder: Path) -> int | None:
     if damaged:
         raise EngineError("CHECKPOINT-NONE", f"{folder}: no checkpoint is whole ({'; '.join(damaged)}); expected at least one. "
                           "Restore one, or choose another run.name to begin anew", CHECKPOINT)
+    return None
+
+
+def _others_may_write(path: Path) -> str | None:
+    """The first of a checkpoint's folders and files that belongs to a user who is neither this one nor root, or that all users may write."""
+    for place in (path.parent, path, *sorted(path.iterdir())):
+        status = place.lstat()
+        if status.st_uid not in (0, os.geteuid()) or status.st_mode & stat.S_IWOTH:
+            return f"{place} (owner {status.st_uid}, mode {stat.S_IMODE(status.st_mode):04o})"
     return None
 
 

@@ -63,9 +63,28 @@ def init(device: str, timeout_s: float) -> World:
         # from step to step; this many are those of a few micro-batches.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     if size > 1:
-        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(seconds=timeout_s),
-                                device_id=where if on_cuda else None)
+        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(seconds=timeout_s), device_id=where if on_cuda else None,
+                                rank=rank, world_size=size, store=_store_of_one_node(rank, size, timeout_s))
     return World(rank, size, local_rank, where)
+
+
+def _store_of_one_node(rank: int, size: int, timeout_s: float) -> dist.Store | None:
+    """Where ranks of one node meet, with nobody from outside; None where they are of several nodes or torchrun holds the place.
+
+    torch's own store has no password and listens on every interface, whatever address it is given (CVE-2025-47277 of old; 2.13
+    still does), unless it is handed a socket that listens already.
+    """
+    address = os.environ["MASTER_ADDR"]
+    if address not in ("127.0.0.1", "localhost"):
+        return None
+    if "lo" in (name for _, name in socket.if_nameindex()):
+        for backend in ("GLOO", "NCCL"):
+            os.environ.setdefault(f"{backend}_SOCKET_IFNAME", "lo")
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
+    port = int(os.environ["MASTER_PORT"])
+    listening = socket.create_server(("127.0.0.1", port)).detach() if rank == 0 else None
+    return dist.TCPStore("127.0.0.1", port, size, rank == 0, timedelta(seconds=timeout_s), multi_tenant=True, master_listen_fd=listening)
 
 
 def close(world: World) -> None:
@@ -138,10 +157,18 @@ def gather_text(text: str, world: World) -> list[str]:
 
 
 def check_same(facts: dict[str, Any], world: World) -> None:
-    """Raises EngineError that names the first fact in which a rank differs from rank 0, and the ranks: before they train together."""
+    """Raises EngineError that names the first fact in which a rank differs from rank 0, and the ranks: before they train together.
+
+    Ranks may differ in `threads`, as nodes have cores: rank 0 warns, since a run with other ones would round otherwise.
+    """
     found = [json.loads(text) for text in gather_text(json.dumps(facts, default=str), world)]
     for name in facts:
-        if others := [rank for rank, one in enumerate(found) if one[name] != found[0][name]]:
+        if others := [rank for rank, one in enumerate(found) if one.get(name) != found[0].get(name)]:
+            if name == "threads":
+                if world.is_first:
+                    print(f"WARNING ranks compute with {', '.join(str(one[name]) for one in found)} threads: a repetition is bit-identical only with the "
+                          "same; set OMP_NUM_THREADS alike", file=sys.stderr, flush=True)
+                continue
             raise EngineError("PEER-DIFFERS", f"{name}: rank {others[0]} has {found[others[0]][name]}, rank 0 has {found[0][name]} (ranks that differ: "
                               f"{', '.join(map(str, others))}); expected the same everywhere: look at the files and options of their nodes", PEER)
 

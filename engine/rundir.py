@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -19,9 +20,10 @@ import torch
 
 from engine import config
 from engine.config import Recipe
-from engine.errors import ENVIRONMENT, USER, EngineError
+from engine.errors import ENVIRONMENT, USER, EngineError, shown
 from engine.publish import fsync, published
 
+TESTED = {"torch": "2.13", "omegaconf": "2.4", "safetensors": "0.8"}  # by the first numbers of their versions
 PACKAGES = ("torch", "numpy", "sentencepiece", "safetensors", "omegaconf", "tensorboard", "tokenizers")
 
 
@@ -71,9 +73,21 @@ def locked(path: Path, rank: int) -> Iterator[None]:
 def describe(path: Path, cfg: Recipe, facts: dict[str, Any]) -> None:
     """Writes recipe.yaml, and run.json: versions, hardware, commit, command, and `facts` such as digests."""
     (path / "recipe.yaml").write_text(config.dump(cfg), encoding="utf-8")
-    record = {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], "commit": commit(), "python": platform.python_version(),
+    for package, tested in TESTED.items():
+        if (found := _version(package)) and not found.startswith(f"{tested}."):
+            print(f"WARNING {package} {found} is not what the tests run with, {tested}; constraints.txt has the versions", file=sys.stderr)
+    record = {"command": list(map(shown, [Path(sys.argv[0]).name, *sys.argv[1:]])), "commit": commit(), "python": platform.python_version(),
               "versions": {name: _version(name) for name in PACKAGES}, "machine": hardware(), **facts}
     (path / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def program() -> dict[str, Any]:
+    """What computes: it must be the same on every rank of a run. `engine` is a digest of the sources as they lie here."""
+    root, sources = Path(__file__).resolve().parent, hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        sources.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode() + path.read_bytes())
+    return {"engine": sources.hexdigest(), "python": platform.python_version(), **{name: _version(name) for name in PACKAGES},
+            "threads": torch.get_num_threads()}
 
 
 def commit_of_base(path: Path, name: str) -> str | None:

@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
         identity = {**config.semantic(cfg), "data": rows.digest, "tokenizer": tokenizer.digest,
                     "weights": weights.identity(model, source, cfg.model.init),
                     "adapter": adapter.digest(Path(cfg.lora.start)) if cfg.lora.start else None}
-        distributed.check_same({**identity, "data.validation": held_out and held_out.digest}, world)
+        distributed.check_same({**identity, **rundir.program(), "data.validation": held_out and held_out.digest}, world)
         start, best, counted = distributed.from_first(newest or 0, world), {"step": None, "loss": math.inf}, ledger.Counts()
         if start:
             saved = checkpoint.load(run / "checkpoints", start)
@@ -192,4 +192,4 @@ def due(period, done: int, step) -> bool:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    errors.run(main, needs_reader=False)  # `| head` is no wish to stop
