@@ -21,6 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from engine import errors
 from engine.errors import ENVIRONMENT, PEER, EngineError
 
+LOOPBACK = ("127.0.0.1", "localhost")
+
 # Wrapped models live until the process ends. The last reference to one takes the gloo group down with the interpreter's
 # lock held, and waits for a thread that may want this lock to let go of its tensors: the rank would hang at the very end.
 _WRAPPED: list[nn.Module] = []
@@ -69,22 +71,24 @@ def init(device: str, timeout_s: float) -> World:
 
 
 def _store_of_one_node(rank: int, size: int, timeout_s: float) -> dist.Store | None:
-    """Where ranks of one node meet, with nobody from outside; None where they are of several nodes or torchrun holds the place.
-
-    torch's own store has no password and listens on every interface, whatever address it is given (CVE-2025-47277 of old; 2.13
-    still does), unless it is handed a socket that listens already.
-    """
-    address = os.environ["MASTER_ADDR"]
-    if address not in ("127.0.0.1", "localhost"):
+    """Where ranks of one node meet; None where they are of several nodes, or torchrun itself holds the place."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if address not in LOOPBACK:
         return None
-    if "lo" in (name for _, name in socket.if_nameindex()):
-        for backend in ("GLOO", "NCCL"):
-            os.environ.setdefault(f"{backend}_SOCKET_IFNAME", "lo")
+    if "lo" in (name for _, name in socket.if_nameindex()):  # what ranks say to each other stays here too
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return None
-    port = int(os.environ["MASTER_PORT"])
-    listening = socket.create_server(("127.0.0.1", port)).detach() if rank == 0 else None
-    return dist.TCPStore("127.0.0.1", port, size, rank == 0, timedelta(seconds=timeout_s), multi_tenant=True, master_listen_fd=listening)
+    return dist.TCPStore(address, port, size, rank == 0, timedelta(seconds=timeout_s), master_listen_fd=_listening(port) if rank == 0 else None)
+
+
+def _listening(port: int) -> int:
+    """A socket for a store that this node alone can reach. torch's store has no password, and by itself it listens on every interface."""
+    try:
+        return socket.create_server(("127.0.0.1", port)).detach()
+    except OSError as error:
+        raise EngineError("ENVIRONMENT-PORT", f"MASTER_PORT={port}: {error.strerror}; set another, the same on all ranks", ENVIRONMENT) from error
 
 
 def close(world: World) -> None:

@@ -23,6 +23,12 @@ def main(argv: list[str]) -> int:
     # Told to stop, ranks finish their step and save. A large checkpoint takes longer than torchrun's 30 seconds.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
 
+    if "--standalone" in argv:  # torch's way listens on every interface of the machine, without a password
+        at, meeting = argv.index("--standalone"), os.memfd_create("meeting")  # of one node: a file, and in memory
+        argv = [*argv[:at], "--rdzv-backend=c10d", "--rdzv-conf=store_type=file", f"--rdzv-endpoint=/proc/self/fd/{meeting}", "--local-addr=127.0.0.1",
+                *argv[at + 1 :]]
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # ranks meet at one of them, see distributed.py
+
     from torch.distributed import DistError
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
