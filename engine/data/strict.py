@@ -151,7 +151,12 @@ def _search(text: str, ambiguous: bool) -> None:
             raise BadRow(f"the number {shown(found)} is larger than any that can be held", column)
 
 
+WRITTEN = re.compile(r'"(?![\w.-]{0,20}"|[^"\\]{0,3}")(?:[^"\\]|\\.)*"')  # a JSON string that is more than one short word
+
+
 def shown(value: Any) -> str:
-    """A value as a fault's text has it: one line that any terminal can print."""
-    text = "".join(letter if letter.isprintable() else " " for letter in json.dumps(value, ensure_ascii=False, default=str)[:41])
+    """A value as a fault's text has it: one line that any terminal can print. Single words are shown, such as the names of roles;
+    what people wrote is not: logs are read by others than rows."""
+    text = WRITTEN.sub('"…"', json.dumps(value, ensure_ascii=False, default=str))
+    text = "".join(letter if letter.isprintable() else " " for letter in text[:41])
     return text if len(text) <= 40 else f"{text[:40]}…"
