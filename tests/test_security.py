@@ -2,18 +2,22 @@
 
 import json
 import os
+import pickle
 import shutil
 import struct
+import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import held
+from conftest import ROOT, held, write_rows
 from safetensors.torch import save
 
-from engine import adapter, checkpoint, tensorfile
+from engine import adapter, checkpoint, config, rundir, tensorfile, train
 from engine.checkpoint import Snapshot
 from engine.errors import CHECKPOINT, SECURITY, USER, EngineError
 from engine.models import weights
@@ -193,3 +197,199 @@ def opened(what: Callable[[], None]) -> list[str]:
     sys.addaudithook(lambda event, arguments: found.append(str(arguments[0])) if event == "open" else None)  # for good: it costs little
     what()
     return [path for path in found if not path.endswith((".py", ".pyc"))]
+
+
+# --- A whole run on one node, watched: secrets, sockets, modes, what people wrote ---------------------------------------
+
+CANARY = "canary-4711-xyzzy"
+SECRETS = {name: f"{CANARY}-{name.lower()}" for name in ("HF_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "HUGGING_FACE_HUB_TOKEN")}
+SECRETS |= {"HF_ENDPOINT": f"https://user:{CANARY}-login@hub.invalid", "http_proxy": f"http://user:{CANARY}-proxy@proxy.invalid:3128"}
+WRITTEN = "what nobody but its author should read"
+
+
+@pytest.fixture(scope="module")
+def launched(tiny) -> Iterator[dict]:
+    """Two ranks by the launcher, in a folder that every user may enter, so that the run's own modes are what keeps them out."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        folder.chmod(0o755)
+        rows = [{"instruction": f"{WRITTEN} {number}", "input": "", "output": f"{WRITTEN}, red blue {number}"} for number in range(24)]
+        write_rows(folder / "rows.jsonl", [*rows, {"instruction": WRITTEN, "output": [WRITTEN]}])
+        (folder / "recipe.yaml").write_text(f"""
+            run: {{folder: {folder}/runs, name: run}}
+            model: {{path: {tiny}}}
+            data: {{train: {folder}/rows.jsonl, validation: {folder}/rows.jsonl, cache: {folder}/cache, max_length: 128, on_bad_row: skip}}
+            lora: {{rank: 2}}
+            train: {{device: cpu, epochs: 2, global_batch: 4}}
+            export: {{kinds: [adapter, model]}}
+            evaluate: {{samples: 0, exact_match_rows: 2, max_new_tokens: 4}}""")
+        command = [sys.executable, "-m", "engine.launch", "--standalone", "--nproc-per-node", "2", "-m", "engine.train", str(folder / "recipe.yaml")]
+        environment = {**os.environ, **SECRETS, "OMP_NUM_THREADS": "1"}
+        environment.pop("GLOO_SOCKET_IFNAME", None)
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, umask=0)
+        sockets: set[str] = set()
+        while process.poll() is None:
+            sockets |= listeners({process.pid, *children(process.pid)})
+            time.sleep(0.2)
+        text = process.stdout.read().decode()
+        assert process.returncode == 0, text
+        yield {"folder": folder, "text": text, "sockets": sockets}
+
+
+def children(pid: int) -> set[int]:
+    try:
+        own = {int(number) for task in Path(f"/proc/{pid}/task").iterdir() for number in (task / "children").read_text().split()}
+    except OSError:
+        return set()
+    return own.union(*map(children, own))
+
+
+def listeners(pids: set[int]) -> set[str]:
+    """Local addresses, as the kernel writes them, of the sockets on which these processes listen."""
+    held = set()
+    for pid in pids:
+        try:
+            held |= {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()}
+        except OSError:
+            continue
+    lines = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    return {line[1].rpartition(":")[0] for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in held}
+
+
+def test_one_node_listens_on_loopback_alone(launched):
+    assert launched["sockets"] == {"0100007F"}, "127.0.0.1 and no other, and at least that of the ranks was seen"
+
+
+def test_secrets_of_the_environment_are_nowhere(launched):
+    assert CANARY not in launched["text"]
+    files = [path for path in launched["folder"].rglob("*") if path.is_file()]
+    assert len(files) > 20 and not [path for path in files if CANARY.encode() in path.read_bytes()]
+
+
+def test_what_people_wrote_is_not_said(launched):
+    """But in TensorBoard's texts and the cache, which are rows and as private as the run."""
+    assert WRITTEN not in launched["text"] and "red blue" not in launched["text"]
+    holding = {path.relative_to(launched["folder"]).parts[0:3:2] for path in launched["folder"].rglob("*")
+               if path.is_file() and WRITTEN.encode() in path.read_bytes()}
+    assert holding <= {("rows.jsonl",), ("runs", "tensorboard"), ("cache", "index.json")}, holding
+
+
+def test_what_a_run_writes_is_its_owners_alone(launched):
+    made = [path for name in ("runs", "cache") for path in (launched["folder"] / name, *(launched["folder"] / name).rglob("*"))]
+    wrong = {str(path): oct(path.stat().st_mode & 0o777) for path in made if path.stat().st_mode & 0o777 != (0o700 if path.is_dir() else 0o600)}
+    assert len(made) > 20 and not wrong
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="takes root and setpriv to become another user")
+def test_another_user_of_the_machine_can_neither_read_nor_write_it(launched):
+    run = launched["folder"] / "runs/run"
+    other = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", "--inh-caps=-all"]
+    assert subprocess.run([*other, "ls", launched["folder"]], capture_output=True).returncode == 0, "it gets as far as that"
+    for command in (["cat", run / "run.json"], ["ls", run], ["touch", run / "x"], ["cat", run / "export/model/model.safetensors"],
+                    ["ls", launched["folder"] / "cache"], ["rm", "-rf", run / "checkpoints"]):
+        done = subprocess.run([*other, *map(str, command)], capture_output=True, text=True)
+        assert "Permission denied" in done.stderr and not done.stdout, command
+    assert any((run / "checkpoints").iterdir())
+
+
+# --- H9, H5: what is echoed --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argument", ["model.path=https://user:PASSWORD@hub.invalid/x", "HF_TOKEN=PASSWORD", "run.token=PASSWORD", "data.train=s3://PASSWORD@b/x",
+                                      "model.path=\x1b]0;title\x07\x1b[2J", "run.name=a\nb\x1b[1m", "data.train=a\u202egpj.exe", "run.name=$(touch x)/../y"])
+def test_errors_echo_neither_passwords_nor_escapes(tmp_path, argument):
+    (tmp_path / "recipe.yaml").write_text("{}")
+    done = subprocess.run([sys.executable, "-m", "engine.train", str(tmp_path / "recipe.yaml"), argument], cwd=ROOT, capture_output=True)
+    text = done.stderr.decode()
+    assert done.returncode == USER and "PASSWORD" not in text and text.replace("\n", "").isprintable() and text.startswith("ERROR E-"), text
+
+
+def test_the_record_of_the_command_has_no_passwords(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train", "recipe.yaml", "data.cache=https://user:PASSWORD@x/y", "run.name=\x1b[2J"])
+    rundir.describe(tmp_path, config.Recipe(), {})
+    assert json.loads((tmp_path / "run.json").read_text())["command"] == ["train", "recipe.yaml", "data.cache=https://…@x/y", "run.name=\\x1b[2J"]
+
+
+def test_a_terminal_shows_what_rows_hold_and_obeys_none_of_it(tmp_path):
+    """In a real terminal: our own colours and progress pass, the rest is written out."""
+    program = ("import sys; from engine import errors\n"
+               "def main(argv):\n    print('\\x1b[32mgreen\\x1b[0m \\x1b]0;title\\x07 \\x1b[2J \\u202e é 猫\\u3000\\t.'); return 6\n"
+               "errors.run(main)")
+    ours, theirs = os.openpty()
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=theirs, stderr=subprocess.PIPE)
+    os.close(theirs)
+    assert done.returncode == 6 and os.read(ours, 1000).decode() == (
+        "\x1b[32mgreen\x1b[0m \\x1b]0;title\\x07 \\x1b[2J \\u202e é 猫\u3000\t.\r\n")
+
+
+# --- H12, H7 -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["open folder", "open file", "another owner", "nothing"])
+def test_a_checkpoint_that_others_may_write_is_told(tmp_path, capsys, how):
+    path = checkpoint.save(tmp_path, 1, Snapshot({"w": torch.ones(2)}, {"w.step": torch.ones(())}, {}), keep=1, best=None)
+    if how == "open folder":
+        tmp_path.chmod(0o777)
+    elif how == "open file":
+        (path / "state.json").chmod(0o666)
+    elif how == "another owner":
+        if os.geteuid():
+            pytest.skip("takes root to give a file away")
+        os.chown(path / "model.safetensors", 65534, -1)
+    assert checkpoint.newest_whole(tmp_path) == 1
+    assert capsys.readouterr().err.count("another user may write there") == (how != "nothing")
+
+
+def test_nothing_is_imported_from_a_models_folder(tiny, recipe, trained, tmp_path):
+    shutil.copytree(tiny, tmp_path / "model")
+    canary = f"open({str(tmp_path / 'canary')!r}, 'w')\n"
+    for name in ("modeling_evil.py", "configuration_evil.py", "tokenization_evil.py", "__init__.py", "torch.py", "safetensors.py", "sitecustomize.py"):
+        (tmp_path / "model" / name).write_text(canary)
+    path = tmp_path / "model/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": {"AutoConfig": "configuration_evil.Evil",
+                                "AutoModelForCausalLM": "modeling_evil.Evil"}}))
+    (tmp_path / "model/tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["tokenization_evil.Evil", None]}}))
+    trained(1, recipe(f"model.path={tmp_path / 'model'}", "train.max_steps=1"))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "trust_remote_code": True}))
+    refused_as(USER, lambda: weights.build(path.parent, "pretrained", 0, torch.float32, torch.float32, torch.device("cpu")))
+    assert not (tmp_path / "canary").exists()
+
+
+# --- A whole run and its resume under the interpreter's audit ----------------------------------------------------------
+
+
+def audited(main: Callable[[], int], allowed: tuple[str, ...]) -> int:
+    """Runs `main`; the number of events that a run must not have, which are printed."""
+    seen: list[str] = []
+
+    def note(event: str, arguments: tuple) -> None:
+        if event == "open" and isinstance(arguments[0], (str, bytes, os.PathLike)) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            if not os.fsdecode(arguments[0]).startswith(allowed):
+                seen.append(f"{event} {arguments}")
+        elif event in ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "socket.connect", "socket.bind"):
+            seen.append(f"{event} {arguments}")
+        elif event == "subprocess.Popen" and Path(os.fsdecode(arguments[0])).name not in ("git", Path(sys.executable).name):
+            seen.append(f"{event} {arguments}")
+
+    sys.addaudithook(note)
+    main()
+    print("\n".join(seen))
+    return len(seen)
+
+
+def test_a_run_its_evaluations_export_and_resume_do_nothing_that_it_should_not(recipe, ranks, tmp_path):
+    rows = write_rows(tmp_path / "validation.jsonl", [{"instruction": "red", "input": "", "output": "blue"}] * 3)
+    argv = recipe(f"data.validation={rows}", "evaluate.exact_match_rows=2", "evaluate.samples=1", "lora.rank=2", "export.kinds=[adapter,model]",
+                  "train.epochs=3")
+    allowed = (str(tmp_path / "runs"), str(tmp_path / "cache"), "/dev/null")
+    for _ in range(2):
+        started = ranks(1, lambda: audited(lambda: train.main(argv), allowed))
+        assert started.wait() == [0], started.log.read_text()[-3000:]
+        (tmp_path / "runs/run/finished.json").unlink()
+        shutil.rmtree(sorted((tmp_path / "runs/run/checkpoints").iterdir())[-1])
+
+
+@pytest.mark.parametrize("what", [lambda folder: (folder / "outside").write_text("x"), lambda folder: os.system("true"),
+                                  lambda folder: pickle.loads(pickle.dumps(Path("x"))), lambda folder: subprocess.run(["true"])])
+def test_the_audit_can_fail(ranks, tmp_path, what):
+    assert ranks(1, lambda: audited(lambda: what(tmp_path), (str(tmp_path / "runs"),))).wait() != [0]
