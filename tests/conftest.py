@@ -6,6 +6,7 @@ Ranks are forked from the test process: torch is imported once, so four gloo ran
 import faulthandler
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -72,6 +73,7 @@ def held(what: Callable[[], None], seconds: float, megabytes: float) -> None:
         code, text = 0, ""
         try:
             os.close(ours)
+            resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 10,) * 2)  # what would never end does
             Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
             began, start = time.process_time(), _peak()
             what()
