@@ -158,7 +158,8 @@ class Evaluate:
 
 @dataclass
 class Checkpoint:
-    every_steps: int = option(0, "steps between checkpoints; 0: only at ends of epochs", low=0)
+    every_s: float = option(60.0, "seconds between checkpoints, more where they would hold training up for over 1 % of them; 0: none by the clock", low=0)
+    every_steps: int = option(0, "steps between checkpoints, whatever they cost; 0: none by steps", low=0)
     each_epoch: bool = option(True, "save at the end of each epoch")
     keep: int = option(2, "newest checkpoints kept, beside the best", low=1)
 

@@ -15,7 +15,7 @@ class Events:
     """
 
     def __init__(self, folder: Path, done: int) -> None:
-        self.folder, self.writer = folder, None
+        self.folder, self.writer, self.told = folder, None, False
         self.plain_hook, threading.excepthook = threading.excepthook, self._not_of_tensorboard
         with self._lost_at_most():
             from torch.utils.tensorboard import SummaryWriter
@@ -25,8 +25,14 @@ class Events:
     def scalars(self, step: int, values: dict[str, float]) -> None:
         with self._lost_at_most():
             for name, value in values.items():
-                if self.writer:
-                    self.writer.add_scalar(name, value, step)
+                if writer := self.writer:  # another thread may lose it
+                    writer.add_scalar(name, value, step)
+
+    def settle(self) -> None:
+        """Waits until all points are in the file."""
+        with self._lost_at_most():
+            if self.writer:
+                self.writer.flush()
 
     def text(self, name: str, text: str, step: int) -> None:
         with self._lost_at_most():
@@ -49,9 +55,10 @@ class Events:
         try:
             yield
         except OSError as error:
-            self.writer = None  # for good: its thread has ended
-            print(f"WARNING: {self.folder}: TensorBoard's files cannot be written ({error}); training goes on, metrics.jsonl has every number",
-                  file=sys.stderr, flush=True)
+            told, self.told, self.writer = self.told, True, None  # for good: its thread has ended
+            if not told:
+                print(f"WARNING: {self.folder}: TensorBoard's files cannot be written ({error}); training goes on, metrics.jsonl has every number",
+                      file=sys.stderr, flush=True)
 
     def _not_of_tensorboard(self, what: threading.ExceptHookArgs) -> None:
         """Its thread's failure comes back at our next call, and is told there."""

@@ -207,6 +207,13 @@ class Log:
         return (f"step {step:>{len(str(self.num_steps))}}/{self.num_steps}  loss {scalars['train/loss']:.4f}  lr {scalars['train/lr']:.2e}  "
                 f"norm {scalars['train/grad_norm']:.3f}  {scalars['train/tokens_per_s']:,.0f} tok/s  {memory_mb:,.0f} MB  eta {_clock(left)}{checked}{skipped}")
 
+    def settle(self) -> None:
+        """Brings what is logged so far onto the disk."""
+        if self.speaks:
+            self.record.settle()
+            if self.events:
+                self.events.settle()
+
     def text(self, name: str, text: str, step: int) -> None:
         if self.speaks and self.events:
             self.events.text(name, text, step)

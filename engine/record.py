@@ -33,14 +33,28 @@ class Record:
         except FileNotFoundError:
             there = False
         except OSError as error:
-            raise EngineError("ENVIRONMENT-RECORD", f"{self.path}: cannot be written: {error.strerror}; the checkpoints are untouched, "
-                              "the same command goes on from the newest", ENVIRONMENT) from error
+            raise self._unwritable(error) from error
         if not there:
             raise EngineError("ENVIRONMENT-MOVED", f"{self.path}: is not the file this run began: it or its folder was moved, deleted or replaced; "
                               "put it back and start the same command again", ENVIRONMENT)
 
+    def settle(self) -> None:
+        """Waits until all lines are on the disk itself: a checkpoint may not outlive a loss of power that its record does not.
+
+        Raises:
+            EngineError: the disk refuses.
+        """
+        try:
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            raise self._unwritable(error) from error
+
     def close(self) -> None:
         self.file.close()
+
+    def _unwritable(self, error: OSError) -> EngineError:
+        return EngineError("ENVIRONMENT-RECORD", f"{self.path}: cannot be written: {error.strerror}; the checkpoints are untouched, "
+                           "the same command goes on from the newest", ENVIRONMENT)
 
 
 def _keep_steps(path: Path, done: int) -> None:

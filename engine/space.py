@@ -18,9 +18,10 @@ def of_checkpoint(trained: Iterable[Tensor]) -> int:
 
 
 def copies(cfg: Checkpoint, judges: bool, existing: int, start: int, num_steps: int, steps_per_epoch: int) -> int:
-    """How many checkpoints more than now will lie on the disk at once: those kept, the best if there is one (`judges`), one being written."""
+    """How many checkpoints more than now will lie on the disk at once: those kept, the best if there is one (`judges`), one being written.
+    By the clock any step may be saved."""
     at = {num_steps}
-    for period in (cfg.every_steps, steps_per_epoch * cfg.each_epoch):
+    for period in (1 if cfg.every_s else cfg.every_steps, steps_per_epoch * cfg.each_epoch):
         at |= set(range(period, num_steps + 1, period)) if period else set()
     saves = sum(step > start for step in at)
     return min(saves, max(1, cfg.keep + judges + 1 - existing))

@@ -9,6 +9,7 @@ once; *targets* are the supervised tokens, the ones that carry loss.
 """
 
 import math
+from functools import partial
 from pathlib import Path
 
 from engine import config, errors
@@ -28,11 +29,12 @@ def main(argv: list[str]) -> int:
     from engine.evaluate import Evaluation
     from engine.loss import summed_cross_entropy
     from engine.models import weights
+    from engine.saver import Saver
     from engine.signals import StopRequest
 
     # ---- Run directory: a finished one is left alone, an unfinished one goes on from its newest whole checkpoint ----
     run, rank = rundir.choose(cfg), errors.rank_in_launch()
-    with rundir.locked(run, rank), errors.recorded(run / "last_error.json", rank):
+    with rundir.locked(run, rank), errors.recorded(run / "last_error.json", rank), Saver(run / "checkpoints", cfg.checkpoint, rank == 0) as saver:
         newest = checkpoint.newest_whole(run / "checkpoints") if rank == 0 else None
 
         # ---- Data: tokenised, packed and checked before ranks wait for each other -----------------------------------
@@ -91,7 +93,7 @@ def main(argv: list[str]) -> int:
         if world.is_first:
             checkpoint.prepare(run / "checkpoints", start, trained, cfg, num_steps, plan.steps_per_epoch)
             rundir.describe(run, cfg, {"base": {"name": cfg.model.path, "commit": base.commit}, **facts, **identity})
-            ledger.write(run, rows, held_out, plan.times_trained(start), counted)
+            ledger.write(run, rows, held_out, plan, start, counted)
         log.say(report.equation(run, cfg, base, plan, rows, num_steps, start, world.size, facts))
         log.text("recipe", f"```\n{config.dump(cfg)}```", 0)
         log.text("rows", view.as_markdown(rows, tokenizer, 3), 0)
@@ -128,9 +130,9 @@ def main(argv: list[str]) -> int:
                     (loss * (scale.value * world.size / step.num_targets)).backward()
                     watch.lap("backward")
 
-            # Ranks agree on the losses, on having trained every document of the step once, and on whether to stop.
-            *losses, asked, documents, numbers, tokens, targets = distributed.sum_over_ranks(
-                [*losses.tolist(), stop.asked, *ledger.Counts.of(batches)], world)
+            # Ranks agree on the losses, on having trained every document of the step once, on whether to stop and whether to save.
+            *losses, asked, timed, documents, numbers, tokens, targets = distributed.sum_over_ranks(
+                [*losses.tolist(), stop.asked, saver.is_due(), *ledger.Counts.of(batches)], world)
             counted += ledger.as_planned(step, (documents, numbers, tokens, targets))
             norm = optim.unscale_and_clip(trained.values(), scale.value, cfg.optim.clip_norm)
             finite = math.isfinite(sum(losses)) and math.isfinite(norm)
@@ -145,23 +147,19 @@ def main(argv: list[str]) -> int:
             scalars = {"train/lr": lr, "train/grad_norm": norm, "train/loss_scale": used_scale, "train/skipped": int(not finite),
                        "train/epoch": done / plan.steps_per_epoch, **metrics.of_step(rows, step, losses, times, flops, peak * world.size, device)}
 
-            # Evaluate, log, save: each at its period, at ends of epochs, and at the end or a request to stop.
+            # Evaluate, copy, log, save: each at its period, at ends of epochs, and at the end or a request to stop.
             leaving = done == num_steps or asked
             judged = None
             if evaluation and (done == num_steps or due(cfg.evaluate, done, step)):
                 judged = evaluation.run(model, whole=done == num_steps)
                 scalars |= judged.scalars
-            log.step(done, scalars)
-            if leaving or due(cfg.checkpoint, done, step):
+            if leaving or timed or due(cfg.checkpoint, done, step):
                 if judged and judged.loss < best["loss"]:
                     best = {"step": done, "loss": judged.loss}
-                distributed.check_replicas(trained, world)
-                moments = optim.state(optimizer, trained, world)  # sharded ones cross to rank 0, so every rank takes part
-                if world.is_first:
-                    state = {"identity": identity, "scale": scale.state(), "best": best, "trained": counted}
-                    ledger.write(run, rows, held_out, plan.times_trained(done), counted)
-                    checkpoint.save(run / "checkpoints", done, checkpoint.Snapshot(trained, moments, state), cfg.checkpoint.keep, best["step"])
-                del moments
+                state = {"identity": identity, "scale": scale.state(), "best": best, "trained": counted}
+                scalars["time/checkpoint"] = saver.take(done, trained, optimizer, state, world)
+            log.step(done, scalars)
+            saver.write(leaving, log.settle, partial(ledger.write, run, rows, held_out, plan, done, counted))  # in the background
             if asked and done < num_steps:
                 log.say(f"stopped as asked after step {done}, saved; the same command goes on from there")
                 log.close()

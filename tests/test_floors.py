@@ -17,7 +17,7 @@ FLOORS = [
     {"models", "lora", "data"},
     {"metrics", "optim", "checkpoint", "sampling", "gguf_in", "adapter"},
     {"gguf_out"},
-    {"evaluate", "export", "rundir"},
+    {"evaluate", "export", "rundir", "saver"},
     {"report"},
     {"plain"},
     {"train", "generate", "convert", "audit", "bench", "launch"},

@@ -75,7 +75,9 @@ def test_speed_counts_real_tokens(watched_run, tiny, tmp_path):
     assert sum(line["train/tokens"] for line in lines) == 2 * len(rows.tokens) and sum(line["train/targets"] for line in lines) == 2 * rows.supervised.sum()
     for line in lines:
         assert line["train/tokens_per_s"] * line["time/step"] == pytest.approx(line["train/tokens"])
-        assert line["time/step"] == pytest.approx(sum(value for name, value in line.items() if name.startswith("time/") and name != "time/step"))
+        parts = [value for name, value in line.items() if name.startswith("time/") and name not in ("time/step", "time/checkpoint")]
+        assert line["time/step"] == pytest.approx(sum(parts))
+    assert [line["step"] for line in lines if line.get("time/checkpoint", 0) > 0] == [3, 6], "the step that paid for a save says so"
 
 
 @pytest.mark.parametrize("rank", [0, 4])

@@ -13,7 +13,7 @@ import numpy as np
 
 from engine.data.dataset import KEPT, SILENT, SPLIT, TOO_LONG, TRUNCATED, Dataset
 from engine.data.loader import MicroBatch
-from engine.data.plan import Step
+from engine.data.plan import Plan, Step
 from engine.errors import BUG, EngineError
 
 
@@ -94,9 +94,10 @@ def accounts(rows: Dataset, held_out: Dataset | None, times: np.ndarray, counted
     return found | ({"validation": account(held_out)} if held_out else {})
 
 
-def write(folder: Path, rows: Dataset, held_out: Dataset | None, times: np.ndarray, counted: Counts) -> None:
-    """ledger.json counts every row of every file by its fate; rejected.jsonl names those left out, with the reason."""
-    found = accounts(rows, held_out, times, counted)
+def write(folder: Path, rows: Dataset, held_out: Dataset | None, plan: Plan, step: int, counted: Counts) -> None:
+    """After `step` steps of a plan: ledger.json counts every row of every file by its fate; rejected.jsonl names those left out, with the
+    reason."""
+    found = accounts(rows, held_out, plan.times_trained(step), counted)
     with (folder / "rejected.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in left_out(rows, held_out))
     (folder / "ledger.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
