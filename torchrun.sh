@@ -6,6 +6,7 @@
 #   NNODES NODE_RANK MASTER_ADDR   one node; several take the same command on each, or one `srun --ntasks-per-node=1`
 #   MASTER_PORT                    29500, or derived from the Slurm job
 #   OMP_NUM_THREADS                on CPU: cores / processes
+#   MAX_RESTARTS                   0; how often all ranks start again after one failed, from the newest checkpoint
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -42,6 +43,8 @@ if [ "$gpus" != 0 ] && [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
 fi
 ranks=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 2))}
 [[ $ranks =~ ^[1-9][0-9]*$ ]] || fail RANKS "NPROC_PER_NODE: got $ranks, expected a whole number from 1"
+[[ ${MAX_RESTARTS:-0} =~ ^[0-9]+$ ]] || fail RESTARTS "MAX_RESTARTS: got $MAX_RESTARTS, expected a whole number"
+[ "${MAX_RESTARTS:-0}" = 0 ] || place+=(--max-restarts "$MAX_RESTARTS")
 
 source ./environment.sh hub
 if [ "$gpus" = 0 ]; then

@@ -48,11 +48,11 @@ def prepare(folder: Path, start: int, trained: dict[str, Tensor], cfg: Recipe, n
     """
     for left in folder.glob(".tmp-*"):
         remove(left)
-    for damaged in (folder / f"step-{step:09d}" for step in _steps(folder) if step > start):
+    for damaged in (folder / f"step-{step:09d}" for step in steps_in(folder) if step > start):
         aside = damaged.with_name(f"{damaged.name}.corrupt")
         remove(aside)
         os.rename(damaged, aside)
-    count = space.copies(cfg.checkpoint, bool(cfg.data.validation), len(_steps(folder)), start, num_steps, steps_per_epoch)
+    count = space.copies(cfg.checkpoint, bool(cfg.data.validation), len(steps_in(folder)), start, num_steps, steps_per_epoch)
     space.check(folder, count, space.of_checkpoint(trained.values()))
 
 
@@ -82,11 +82,19 @@ def save(folder: Path, step: int, snapshot: Snapshot, keep: int, best: int | Non
                           "older checkpoints are untouched", ENVIRONMENT) from error
     if problem := damage(target):
         raise EngineError("CHECKPOINT-WRITTEN", f"{target}: reads back differently from what was written: {problem}; is the disk sound?", CHECKPOINT)
-    older = [number for number in _steps(folder) if number < step]
+    older = [number for number in steps_in(folder) if number < step]
     for number in older[: max(0, len(older) - (keep - 1))]:
         if number != best:
             shutil.rmtree(folder / f"step-{number:09d}", ignore_errors=True)
     return target
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Of all that have a checkpoint's name, whole or not."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(match[1]) for entry in folder.iterdir()
+                  if (match := NAME.fullmatch(entry.name)) and (entry.is_dir() or entry.is_symlink()))
 
 
 def newest_whole(folder: Path) -> int | None:
@@ -96,7 +104,7 @@ def newest_whole(folder: Path) -> int | None:
         EngineError: there are checkpoints and none is whole. A run with a history is never silently begun anew.
     """
     damaged = []
-    for step in reversed(_steps(folder)):
+    for step in reversed(steps_in(folder)):
         problem = damage(folder / f"step-{step:09d}")
         if problem is None:
             if unknown := sorted(set(os.listdir(folder / f"step-{step:09d}")) - {*FILES, MANIFEST}):
@@ -177,13 +185,6 @@ def _sealed(manifest: dict[str, Any]) -> str:
     """The manifest's text, with its own SHA-256 in it."""
     seal = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     return json.dumps({**manifest, "seal": seal}, indent=2) + "\n"
-
-
-def _steps(folder: Path) -> list[int]:
-    if not folder.is_dir():
-        return []
-    return sorted(int(match[1]) for entry in folder.iterdir()
-                  if (match := NAME.fullmatch(entry.name)) and (entry.is_dir() or entry.is_symlink()))
 
 
 def _sha256(path: Path) -> str:

@@ -55,6 +55,11 @@ def rank_in_launch() -> int:
     return int(os.environ.get("RANK", 0))
 
 
+def restarts_in_launch() -> int:
+    """How often torchrun has started this launch's ranks again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
 # What a terminal obeys instead of showing it, but for line ends and tabs: control characters, marks that turn text around, half characters.
 OBEYED = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 OWN = re.compile(r"\x1b\[[0-9;]*[mKA]")  # colours, progress

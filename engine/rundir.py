@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from engine import config
+from engine import config, restarts
 from engine.config import Recipe
 from engine.errors import ENVIRONMENT, USER, EngineError, shown
 from engine.publish import fsync, published
@@ -45,7 +45,7 @@ def choose(cfg: Recipe) -> Path:
 
 @contextmanager
 def locked(path: Path, rank: int) -> Iterator[None]:
-    """Makes the directory and holds its lock, on rank 0; other ranks pass through."""
+    """Makes the directory and holds its lock, on rank 0; other ranks pass through. A launcher's restart in vain ends here."""
     if rank != 0:
         yield
         return
@@ -67,6 +67,7 @@ def locked(path: Path, rank: int) -> Iterator[None]:
             raise _no_name(path, error) from error
         raise EngineError("ENVIRONMENT-RUN", f"{path}: cannot be written: {error}; set run.folder", ENVIRONMENT) from error
     with lock:
+        restarts.check(path)
         yield
 
 

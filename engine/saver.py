@@ -20,7 +20,7 @@ from engine.config import Checkpoint
 from engine.distributed import World
 
 SHARE = 0.01  # of the time at most, that saves by the clock hold the loop up: what takes 3 s to copy is saved every 5 min, not every minute
-PATIENCE_S = 3.0  # that a run which failed gives the save in flight; peers of a lost rank are to be gone soon
+PATIENCE_S = 2.0  # that a run which failed gives the save in flight; peers of a lost rank are to be gone soon
 
 
 class Saver:

@@ -177,10 +177,10 @@ def main(argv: list[str]) -> int:
         log.hparams(cfg, judged.scalars if judged else {})
         log.text("samples", report.samples(judged), num_steps)
         log.say(report.closing(run, judged, exported, frozen_digest))
-        if world.is_first:
-            rundir.finish(run, judged.scalars if judged else {})
         log.close()
         distributed.close(world)
+        if world.is_first:  # now that no rank can fail any more
+            rundir.finish(run, judged.scalars if judged else {})
     return errors.DONE
 
 

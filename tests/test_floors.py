@@ -16,7 +16,7 @@ FLOORS = [
     {"attention"},
     {"models", "lora", "data"},
     {"metrics", "optim", "checkpoint", "sampling", "gguf_in", "adapter"},
-    {"gguf_out"},
+    {"gguf_out", "restarts"},
     {"evaluate", "export", "rundir", "saver"},
     {"report"},
     {"plain"},

@@ -174,6 +174,11 @@ def test_several_nodes_by_hand_or_by_slurm(torchrun):
     assert "show hostnames node-[a-b]" in stderr and "node 0 of 2, meeting at node-a:25042" in stderr
 
 
+def test_ranks_start_again_as_often_as_asked(torchrun):
+    assert torchrun(MAX_RESTARTS="3")[1] == ["4", *command(["--standalone", "--max-restarts", "3"], 2)]
+    assert torchrun(MAX_RESTARTS="0")[1] == ["4", *command(["--standalone"], 2)]
+
+
 @pytest.mark.parametrize("variables, said", [
     ({"NNODES": "two"}, "NNODES: got two"),
     ({"NNODES": "2", "MASTER_ADDR": "host"}, "NODE_RANK: got ''"),
@@ -181,6 +186,7 @@ def test_several_nodes_by_hand_or_by_slurm(torchrun):
     ({"NNODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR: is not set"),
     ({"SLURM_NNODES": "2", "SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "n", "SLURM_LOCALID": "1"}, "--ntasks-per-node=1"),
     ({"NPROC_PER_NODE": "0"}, "NPROC_PER_NODE: got 0"),
+    ({"MAX_RESTARTS": "no"}, "MAX_RESTARTS: got no"),
 ])
 def test_a_launch_that_cannot_work_is_refused_in_one_line(torchrun, variables, said):
     code, record, stderr = torchrun(**variables)

@@ -56,12 +56,14 @@ def undisturbed(recipe) -> dict[str, object]:
 
 
 def train_with(arguments: list[str], at_step: int = 0, then: Callable[[], None] = lambda: None) -> Callable[[], int]:
-    """Training that does `then` once `at_step` is logged."""
+    """Training that does `then` once `at_step` is logged and what was saved before lies on the disk."""
     log_step = metrics.Log.step
 
     def step(self, number, scalars):
         log_step(self, number, scalars)
         if number == at_step:
+            for writer in [thread for thread in threading.enumerate() if thread.name == "checkpoint"]:
+                writer.join()
             then()
 
     def run() -> int:
@@ -201,7 +203,8 @@ def test_the_room_asked_for_is_what_a_checkpoint_takes(recipe, trained, tmp_path
 
 
 def test_room_is_asked_for_as_many_checkpoints_as_will_lie_there_at_once():
-    often, seldom = config.Checkpoint(every_steps=2, keep=3), config.Checkpoint(every_steps=0, each_epoch=False, keep=3)
+    often, seldom = config.Checkpoint(every_s=0, every_steps=2, keep=3), config.Checkpoint(every_s=0, each_epoch=False, keep=3)
+    clocked = config.Checkpoint(each_epoch=False, keep=3)
     assert space.copies(often, False, existing=0, start=0, num_steps=100, steps_per_epoch=10) == 4
     assert space.copies(often, True, existing=0, start=0, num_steps=100, steps_per_epoch=10) == 5
     assert space.copies(often, False, existing=3, start=50, num_steps=100, steps_per_epoch=10) == 1
@@ -209,6 +212,8 @@ def test_room_is_asked_for_as_many_checkpoints_as_will_lie_there_at_once():
     assert space.copies(often, False, existing=0, start=0, num_steps=3, steps_per_epoch=10) == 2
     assert space.copies(seldom, True, existing=0, start=0, num_steps=100, steps_per_epoch=10) == 1
     assert space.copies(often, False, existing=3, start=100, num_steps=100, steps_per_epoch=10) == 0
+    assert space.copies(clocked, True, existing=0, start=0, num_steps=100, steps_per_epoch=10) == 5
+    assert space.copies(clocked, False, existing=2, start=98, num_steps=100, steps_per_epoch=10) == 2
 
 
 # --- B4, B5: the place is not what it was ------------------------------------------------------------------------------

@@ -1,0 +1,42 @@
+"""A launcher that starts failed ranks again, torchrun --max-restarts: not where it cannot help, and not for ever."""
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from engine import checkpoint
+from engine.errors import CHECKPOINT, PEER, SECURITY, USER, EngineError, restarts_in_launch
+
+FATAL = (USER, CHECKPOINT, SECURITY)  # whatever starts again finds the same recipe, rows and checkpoints
+IN_VAIN = 3  # restarts in a row from one checkpoint
+
+
+def check(run: Path) -> None:
+    """For the run's first rank, before it does anything. restarts.json counts how often the launcher began again at the newest checkpoint.
+
+    Raises:
+        EngineError: the run has ended with a fatal code, which is the error's, or restarts have not brought it to another checkpoint.
+    """
+    note, newest = run / "restarts.json", max(checkpoint.steps_in(run / "checkpoints"), default=0)
+    if not restarts_in_launch():
+        note.unlink(missing_ok=True)
+        return
+    last, before = _read(run / "last_error.json"), _read(note)
+    code, told = last.get("exit_code", PEER), last.get("message", "no rank had time to say why").strip().splitlines()[-1]
+    if code in FATAL:
+        raise EngineError("RESTART-FATAL", f"{run}: started again, which cannot help: {told}", code)
+    count = before.get("restarts", 0) + 1 if before.get("from_step") == newest else 1
+    if count > IN_VAIN:
+        raise EngineError("RESTART-LOOP", f"{run}: gave up, {IN_VAIN} restarts from step {newest} brought no newer checkpoint; the last ended with: {told}",
+                          code)
+    with suppress(OSError):  # a disk that is full is told elsewhere
+        note.write_text(json.dumps({"from_step": newest, "restarts": count}) + "\n", encoding="utf-8")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
