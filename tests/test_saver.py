@@ -1,0 +1,227 @@
+"""Saving while training goes on: what is written is one step's whatever the loop does meanwhile, one save at a time, and no error is lost."""
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Ranks
+from test_resume import FULL, LORA, result, steps_done
+from torch import nn
+
+from engine import checkpoint, metrics, saver, train
+from engine.config import Checkpoint
+from engine.distributed import World
+from engine.errors import DONE, ENVIRONMENT, EngineError
+from engine.saver import Saver
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+STEPS = ("train.epochs=3", "export.kinds=[]", "train.global_batch=4", "data.packing=true", "checkpoint.each_epoch=false", "checkpoint.keep=99")
+
+
+def in_background(save):
+    """Saves that begin when the loop is three steps further, or waits for them."""
+    log_step, done = metrics.Log.step, [0]
+
+    def step(self, number, scalars):
+        log_step(self, number, scalars)
+        done[0] = number
+
+    def late(folder, number, *arguments):
+        end = time.monotonic() + 0.5
+        while done[0] < number + 3 and time.monotonic() < end:
+            time.sleep(0.001)
+        save(folder, number, *arguments)
+
+    metrics.Log.step = step
+    return late
+
+
+@pytest.mark.parametrize("size, options", [(1, FULL), (1, LORA), (2, (*FULL, "optim.shard=true"))], ids=["full", "lora", "sharded"])
+def test_what_is_written_is_the_state_of_one_step_although_the_loop_went_on(recipe, ranks, tmp_path, size, options):
+    """Compared with a run that waited for each save before it went on: weights, both moments and their counters, and the run's own counters."""
+
+    def waiting() -> int:
+        write = Saver.write
+        Saver.write = lambda self, leaving, *first: write(self, True, *first)
+        return train.main(recipe(*options, *STEPS, "checkpoint.every_steps=1", "checkpoint.every_s=0", name="waiting"))
+
+    def going_on() -> int:
+        saver.SHARE = 1e9
+        checkpoint.save = in_background(checkpoint.save)
+        return train.main(recipe(*options, *STEPS, "checkpoint.every_s=1e-9", name="going_on"))
+
+    for what in (waiting, going_on):
+        started = ranks(size, what)
+        assert started.wait() == [DONE] * size, started.log.read_text()
+    found, expected = (tmp_path / f"runs/{name}/checkpoints" for name in ("going_on", "waiting"))
+    saved = sorted(path.name for path in found.iterdir())
+    steps = [int(name[5:]) for name in saved]
+    assert len(steps) >= 3 and all(after - before >= 3 for before, after in zip(steps[:-1], steps[1:-1], strict=False)), f"saved at {steps}"
+    for name in saved:
+        for file in checkpoint.FILES[:2]:
+            assert (found / name / file).read_bytes() == (expected / name / file).read_bytes(), f"{name}/{file} is not of one step"
+        states = [json.loads((folder / name / "state.json").read_text()) for folder in (found, expected)]
+        assert states[0] == states[1] and states[0]["trained"][0] > 0
+    assert result(tmp_path / "runs/going_on") == result(tmp_path / "runs/waiting")
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+def test_a_slow_disk_holds_up_saves_and_not_the_loop(recipe, tmp_path):
+    """Every fsync of the process takes a tenth of a second longer, by strace; a save makes seven."""
+    arguments = recipe(*FULL, *STEPS, "checkpoint.every_s=1e-9", name="slow")
+    ours, theirs = os.pipe()
+
+    def slowed() -> int:
+        saver.SHARE = 1e9
+        os.read(ours, 1)
+        return train.main(arguments)
+
+    started = Ranks(1, slowed, tmp_path / "slow.log")
+    run, trace = tmp_path / "runs/slow", tmp_path / "trace"
+    tracer = subprocess.Popen(["strace", "-f", "-o", str(trace), "-e", "trace=fsync", "-e", "inject=fsync:delay_enter=100000", "-p", str(started.pids[0])],
+                              stderr=subprocess.PIPE, text=True)
+    if "attached" not in (line := tracer.stderr.readline()):
+        started.kill()
+        pytest.skip(f"strace may not attach here: {line.strip()}")
+    os.write(theirs, b"x")
+    meanwhile: dict[str, list[int]] = {}  # steps done at the first and the last sight of a save in flight
+    while os.waitid(os.P_PID, started.pids[0], os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        building = [path.name for path in run.glob("checkpoints/.tmp-*")]
+        assert len(building) <= 1, "two saves at once"
+        for name in building:
+            meanwhile[name] = [meanwhile.get(name, [steps_done(run)])[0], steps_done(run)]
+        time.sleep(0.005)
+    assert started.wait() == [DONE], started.log.read_text()
+    tracer.wait(10)
+    assert "DELAYED" in trace.read_text()
+    first, last = min(meanwhile.items(), key=lambda one: one[0])[1]
+    assert last - first >= 5, f"the loop stood still: {meanwhile}"
+    steps = checkpoint.steps_in(run / "checkpoints")
+    assert steps[-1] == steps_done(run) > 2 * len(steps) and all(checkpoint.damage(path) is None for path in (run / "checkpoints").iterdir())
+    stalls = [line["time/checkpoint"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "time/checkpoint" in line]
+    assert len(stalls) == len(steps) and max(stalls[:-1]) < 0.5 * sum(stalls[-1:]) + 0.35, f"a save by the clock waited: {stalls}"
+    assert Ranks(1, lambda: train.main(recipe(*FULL, *STEPS, "checkpoint.every_s=0", name="quick")), tmp_path / "quick.log").wait() == [DONE]
+    assert result(run) == result(tmp_path / "runs/quick")
+
+
+class Loop:
+    """What a loop does with a saver, by hand."""
+
+    def __init__(self, folder: Path, **options) -> None:
+        self.weight = nn.Parameter(torch.zeros(64, 64))
+        self.optimizer = torch.optim.AdamW([self.weight], fused=True)
+        self.saver = Saver(folder, Checkpoint(**options), speaks=True)
+
+    def save(self, step: int, leaving: bool = False) -> float:
+        self.weight.grad = torch.full_like(self.weight, float(step))
+        self.optimizer.step()
+        stall = self.saver.take(step, {"w": self.weight}, self.optimizer, {"best": {"step": None}}, ALONE)
+        self.saver.write(leaving)
+        return stall
+
+
+@pytest.fixture
+def slow(monkeypatch) -> list[int]:
+    """Saves take a fifth of a second more; how many were at it at once, at each beginning of one."""
+    save, at_once, seen = checkpoint.save, [0], []
+
+    def slowly(*arguments):
+        at_once[0] += 1
+        seen.append(at_once[0])
+        time.sleep(0.2)
+        save(*arguments)
+        at_once[0] -= 1
+
+    monkeypatch.setattr(checkpoint, "save", slowly)
+    return seen
+
+
+def test_a_save_by_step_waits_for_the_one_in_flight_and_one_by_the_clock_is_not_begun(tmp_path, slow):
+    loop = Loop(tmp_path, every_s=1e-9, keep=9)
+    assert loop.saver.is_due()
+    assert loop.save(1) < 0.1 and not loop.saver.is_due(), "it was waited for, or a second one would be begun"
+    assert loop.save(2) > 0.1, "two saves in flight"
+    loop.saver.wait()
+    assert slow == [1, 1] and checkpoint.steps_in(tmp_path) == [1, 2]
+    assert loop.save(3, leaving=True) < 0.1 and checkpoint.newest_whole(tmp_path) == 3, "left before the save was there"
+
+
+def test_saves_by_the_clock_cost_a_hundredth_of_the_time_at_most(tmp_path, monkeypatch):
+    loop, clock = Loop(tmp_path, every_s=60.0), [1000.0]
+    monkeypatch.setattr(saver.time, "monotonic", lambda: clock[0])
+    loop.saver.began, loop.saver.held = clock[0], 0.1
+    for seconds, due in ((59.9, False), (60.0, True)):
+        clock[0] = 1000.0 + seconds
+        assert loop.saver.is_due() == due
+    loop.saver.held = 0.9  # for a state of many GB
+    for seconds, due in ((60.0, False), (89.9, False), (90.1, True)):
+        clock[0] = 1000.0 + seconds
+        assert loop.saver.is_due() == due
+    loop.saver.speaks = False
+    assert not loop.saver.is_due(), "rank 0 alone decides"
+    loop.saver.speaks, loop.saver.cfg = True, Checkpoint(every_s=0)
+    assert not loop.saver.is_due()
+
+
+def test_the_writers_error_is_raised_wherever_the_loop_comes_next(tmp_path):
+    for where in ("is_due", "take", "leaving", "end"):
+        loop = Loop(tmp_path / "gone" / "checkpoints", every_s=60.0)
+        with pytest.raises(EngineError, match="older checkpoints are untouched") as caught, loop.saver:
+            loop.save(1, leaving=where == "leaving")
+            if where == "take":
+                loop.save(2)
+            if where == "is_due":
+                loop.saver.thread.join()
+                loop.saver.is_due()
+            assert where == "end", f"{where} went on"
+        assert caught.value.exit_code == ENVIRONMENT
+
+
+def test_a_run_that_fails_gives_the_save_in_flight_some_time_and_no_more(tmp_path, slow, monkeypatch):
+    with pytest.raises(ValueError), (loop := Loop(tmp_path)).saver:
+        loop.save(1)
+        raise ValueError
+    assert checkpoint.newest_whole(tmp_path) == 1
+    monkeypatch.setattr(saver, "PATIENCE_S", 0.05)
+    began = time.monotonic()
+    with pytest.raises(ValueError), (loop := Loop(tmp_path)).saver:
+        loop.save(2)
+        raise ValueError
+    assert time.monotonic() - began < 0.15
+    loop.saver.thread.join()
+
+
+def test_copies_lie_in_the_same_memory_each_time(tmp_path):
+    loop = Loop(tmp_path, keep=9)
+    loop.save(1, leaving=True)
+    places = {name: buffer.data_ptr() for name, buffer in loop.saver.buffers.items()}
+    loop.save(2, leaving=True)
+    assert sorted(places) == ["w", "w.exp_avg", "w.exp_avg_sq", "w.step"] and {n: b.data_ptr() for n, b in loop.saver.buffers.items()} == places
+    loaded = checkpoint.load(tmp_path, 2)
+    assert torch.equal(loaded.model["w"], loop.weight.detach()) and loaded.optimizer["w.step"] == 2
+
+
+def test_the_writer_has_no_pool_of_threads_beside_the_loops(ranks, tmp_path):
+    def run() -> None:
+        torch.set_num_threads(3)
+        big = torch.ones(1 << 20).exp()  # the loop's pool
+        threads, save = [len(os.listdir("/proc/self/task"))], checkpoint.save
+
+        def counted(*arguments):
+            save(*arguments)
+            threads.append(len(os.listdir("/proc/self/task")))
+
+        checkpoint.save = counted
+        loop = Loop(tmp_path)
+        loop.weight = nn.Parameter(big)
+        loop.optimizer = torch.optim.AdamW([loop.weight], fused=True)
+        loop.save(1, leaving=True)
+        assert threads[0] >= 3 and threads[1] == threads[0] + 1 and torch.get_num_threads() == 3, threads
+
+    started = ranks(1, run)
+    assert started.wait() == [0], started.log.read_text()
