@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from engine import errors
@@ -65,8 +66,12 @@ def init(device: str, timeout_s: float) -> World:
         # from step to step; this many are those of a few micro-batches.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     if size > 1:
-        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(seconds=timeout_s), device_id=where if on_cuda else None,
-                                rank=rank, world_size=size, store=_store_of_one_node(rank, size, timeout_s))
+        patience = timedelta(seconds=timeout_s)
+        store = _store_of_one_node(rank, size, timeout_s) or next(rendezvous("env://", timeout=patience))[0]
+        # torchrun keeps its store when it starts ranks again, and in it the addresses of those that are gone; so each start has its own keys.
+        store = dist.PrefixStore(f"start-{errors.restarts_in_launch()}", store)
+        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=patience, device_id=where if on_cuda else None,
+                                rank=rank, world_size=size, store=store)
     return World(rank, size, local_rank, where)
 
 

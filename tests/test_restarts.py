@@ -1,0 +1,131 @@
+"""Under torchrun --max-restarts a group that lost a rank starts again and goes on by itself; not where that cannot help, and not for ever."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from test_resume import FULL, result, steps_done
+
+from engine import checkpoint, metrics, train
+from engine.errors import CHECKPOINT, DONE, ENVIRONMENT, PEER, EngineError
+
+OPTIONS = (*FULL, "train.epochs=12", "train.global_batch=4", "data.packing=true", "checkpoint.every_steps=4", "checkpoint.each_epoch=false", "export.kinds=[]")
+
+
+def rank_under(launcher: int, rank: int) -> int:
+    """The process of a rank, by what its launcher put into its environment."""
+    for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        if f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace"):
+            return int(pid)
+    raise AssertionError("the rank is not there")
+
+
+def test_torchrun_starts_a_group_again_that_goes_on(recipe, trained, tmp_path):
+    trained(2, recipe(*OPTIONS, name="whole"))
+    run, command = tmp_path / "runs/cut", [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts=2"]
+    with (tmp_path / "log").open("w") as log:
+        launched = subprocess.Popen([*command, "-m", "engine.train", *recipe(*OPTIONS, name="cut")], cwd=ROOT, stdout=log, stderr=log)
+        while launched.poll() is None and steps_done(run) < 9:
+            time.sleep(0.005)
+        os.kill(rank_under(launched.pid, 1), signal.SIGKILL)
+        try:
+            assert launched.wait(100) == DONE, (tmp_path / "log").read_text()
+        finally:
+            launched.kill()
+    assert result(run) == result(tmp_path / "runs/whole")
+    restart = json.loads((run / "restarts.json").read_text())
+    assert restart["restarts"] == 1 and 4 <= restart["from_step"] < steps_done(run), restart
+
+
+def launches(monkeypatch, ranks, main: Callable[[], int]) -> list[tuple[int, str]]:
+    """Exit code and last words of a rank that a launcher starts again six times, its environment set as torchrun sets it."""
+    seen = []
+    for count in range(7):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
+        started = ranks(1, main)
+        seen.append((*started.wait(), (started.log.read_text().splitlines() or [""])[-1]))
+        if seen[-1][0] == DONE:
+            break
+    return seen
+
+
+def crashing(arguments: list[str], at: Callable[[], int]) -> Callable[[], int]:
+    """Training that ends without a word once step `at()` is logged, with every checkpoint before it on the disk."""
+
+    def run() -> int:
+        log_step, last = metrics.Log.step, at()
+
+        def step(self, number, scalars):
+            log_step(self, number, scalars)
+            if number == last:
+                for writer in [thread for thread in threading.enumerate() if thread.name == "checkpoint"]:
+                    writer.join()
+                os._exit(1)
+
+        metrics.Log.step = step
+        return train.main([*arguments, "checkpoint.every_s=0"])
+
+    return run
+
+
+def test_a_crash_loop_ends_after_three_restarts_from_one_checkpoint(recipe, ranks, tmp_path, monkeypatch):
+    seen = launches(monkeypatch, ranks, crashing(recipe(*OPTIONS), lambda: 6))
+    assert [code for code, _ in seen] == [1, 1, 1, 1, PEER, PEER, PEER]
+    assert all("ERROR E-RESTART-LOOP" in said and "3 restarts from step 4 brought no newer checkpoint" in said for _, said in seen[4:])
+    assert steps_done(tmp_path / "runs/run") == 6, "the fifth launch trained"
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    assert ranks(1, recipe(*OPTIONS)).wait() == [DONE], "whoever starts it by hand may go on"
+
+
+def test_restarts_that_bring_a_newer_checkpoint_are_not_counted(recipe, ranks, tmp_path, monkeypatch):
+    folder = tmp_path / "runs/run/checkpoints"
+    seen = launches(monkeypatch, ranks, crashing(recipe(*OPTIONS), lambda: max(checkpoint.steps_in(folder), default=0) + 6))
+    assert [code for code, _ in seen] == [1] * 7 and json.loads((tmp_path / "runs/run/restarts.json").read_text()) == {"from_step": 24, "restarts": 1}
+
+
+@pytest.mark.parametrize("code, again", [(CHECKPOINT, False), (ENVIRONMENT, True), (PEER, True)])
+def test_what_a_restart_cannot_mend_ends_it_at_once_with_the_same_code(recipe, ranks, tmp_path, monkeypatch, code, again):
+    def failing() -> int:
+        if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            monkeypatch.setattr(train.config, "semantic", lambda cfg: (_ for _ in ()).throw(EngineError("TEST", "the cause", code)))
+        return train.main(recipe(*OPTIONS, "train.max_steps=2"))
+
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert ranks(1, failing).wait() == [code]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    started = ranks(1, failing)
+    assert started.wait() == [DONE if again else code], started.log.read_text()
+    if not again:
+        assert "started again, which cannot help: ERROR E-TEST the cause" in started.log.read_text()
+        assert steps_done(tmp_path / "runs/run") == 0 and json.loads((tmp_path / "runs/run/last_error.json").read_text())["exit_code"] == code
+
+
+CRASH = """
+import os
+from engine import errors, metrics, train
+log_step = metrics.Log.step
+def step(self, number, scalars):
+    log_step(self, number, scalars)
+    if number == 6:
+        os._exit(1)
+metrics.Log.step = step
+errors.run(train.main)
+"""
+
+
+@pytest.mark.faults
+def test_a_crash_loop_under_the_launcher(recipe, tmp_path):
+    (tmp_path / "crash.py").write_text(CRASH)
+    command = [sys.executable, "-m", "engine.launch", "--standalone", "--nproc-per-node", "2", "--max-restarts", "5", "-m", "crash"]
+    ended = subprocess.run([*command, *recipe(*OPTIONS, "checkpoint.every_s=0")], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+                           env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"})
+    assert ended.returncode == PEER and ended.stderr.count("ERROR E-RESTART-LOOP") == 2, ended.stderr
+    assert ended.stdout.count("resumed after step") == 3
