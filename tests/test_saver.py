@@ -20,7 +20,7 @@ from engine.errors import DONE, ENVIRONMENT, EngineError
 from engine.saver import Saver
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
-STEPS = ("train.epochs=3", "export.kinds=[]", "train.global_batch=4", "data.packing=true", "checkpoint.each_epoch=false", "checkpoint.keep=99")
+STEPS = ("train.epochs=2", "export.kinds=[]", "train.global_batch=4", "data.packing=true", "checkpoint.each_epoch=false", "checkpoint.keep=99")
 
 
 def in_background(save):
@@ -70,6 +70,36 @@ def test_what_is_written_is_the_state_of_one_step_although_the_loop_went_on(reci
     assert result(tmp_path / "runs/going_on") == result(tmp_path / "runs/waiting")
 
 
+def test_a_checkpoint_is_never_there_before_the_record_of_its_step(recipe, ranks, tmp_path):
+    """Killed between the two, a run would go on after a step that no line tells of. The record is slow here, and the disk was waited for."""
+    run, seen = tmp_path / "runs/run", tmp_path / "seen"
+
+    def slow_record() -> int:
+        add, settle, save = metrics.Record.add, metrics.Record.settle, checkpoint.save
+        settled = [0]
+
+        def slowly(record, line):
+            time.sleep(0.05)
+            add(record, line)
+
+        def noted(record):
+            settle(record)
+            settled[0] = steps_done(run)
+
+        def watched(folder, number, *arguments):
+            with seen.open("a") as file:
+                file.write(f"{number} {settled[0]}\n")
+            save(folder, number, *arguments)
+
+        metrics.Record.add, metrics.Record.settle, checkpoint.save = slowly, noted, watched
+        return train.main(recipe(*STEPS, "train.max_steps=5", "checkpoint.every_steps=2"))
+
+    started = ranks(1, slow_record)
+    assert started.wait() == [DONE], started.log.read_text()
+    pairs = [tuple(map(int, line.split())) for line in seen.read_text().splitlines()]
+    assert [number for number, _ in pairs] == [2, 4, 5] and all(settled >= number for number, settled in pairs), pairs
+
+
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
 def test_a_slow_disk_holds_up_saves_and_not_the_loop(recipe, tmp_path):
     """Every fsync of the process takes a tenth of a second longer, by strace; a save makes seven."""
@@ -104,7 +134,7 @@ def test_a_slow_disk_holds_up_saves_and_not_the_loop(recipe, tmp_path):
     steps = checkpoint.steps_in(run / "checkpoints")
     assert steps[-1] == steps_done(run) > 2 * len(steps) and all(checkpoint.damage(path) is None for path in (run / "checkpoints").iterdir())
     stalls = [line["time/checkpoint"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "time/checkpoint" in line]
-    assert len(stalls) == len(steps) and max(stalls[:-1]) < 0.5 * sum(stalls[-1:]) + 0.35, f"a save by the clock waited: {stalls}"
+    assert len(stalls) == len(steps) and max(stalls[:-1]) < 0.35, f"a save by the clock waited for the one before: {stalls}"
     assert Ranks(1, lambda: train.main(recipe(*FULL, *STEPS, "checkpoint.every_s=0", name="quick")), tmp_path / "quick.log").wait() == [DONE]
     assert result(run) == result(tmp_path / "runs/quick")
 
