@@ -66,7 +66,8 @@ def test_what_is_written_is_the_state_of_one_step_although_the_loop_went_on(reci
         for file in checkpoint.FILES[:2]:
             assert (found / name / file).read_bytes() == (expected / name / file).read_bytes(), f"{name}/{file} is not of one step"
         states = [json.loads((folder / name / "state.json").read_text()) for folder in (found, expected)]
-        assert states[0] == states[1] and states[0]["trained"][0] > 0
+        lines = [json.loads(line) for line in (tmp_path / "runs/going_on/metrics.jsonl").read_text().splitlines()][: states[0]["step"]]
+        assert states[0] == states[1] and states[0]["trained"][2:] == [sum(line[f"train/{what}"] for line in lines) for what in ("tokens", "targets")]
     assert result(tmp_path / "runs/going_on") == result(tmp_path / "runs/waiting")
 
 
