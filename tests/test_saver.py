@@ -41,7 +41,7 @@ def in_background(save):
     return late
 
 
-@pytest.mark.parametrize("size, options", [(1, FULL), (1, LORA), (2, (*FULL, "optim.shard=true"))], ids=["full", "lora", "sharded"])
+@pytest.mark.parametrize("size, options", [(1, FULL), (2, (*LORA, "optim.shard=true"))], ids=["full", "lora, sharded"])
 def test_what_is_written_is_the_state_of_one_step_although_the_loop_went_on(recipe, ranks, tmp_path, size, options):
     """Compared with a run that waited for each save before it went on: weights, both moments and their counters, and the run's own counters."""
 
