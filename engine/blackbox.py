@@ -54,7 +54,11 @@ class Recorder:
                  ddp_model: nn.Module, forward: Callable[..., Tensor], seen: dict[str, Any]) -> None:
         self.run, self.world, self.rows, self.tokenizer, self.trained, self.scale = run, world, rows, tokenizer, trained, scale
         self.ddp_model, self.forward, self.spike_z = ddp_model, forward, cfg.log.spike_z
+        self.began = None if seen else self._weights()
         self.losses, self.spikes = deque(seen.get("losses", ()), cfg.log.spike_window), seen.get("spikes", 0)
+
+    def _weights(self) -> dict[str, int]:
+        return dict(zip(self.trained, distributed.bit_sums(self.trained).tolist(), strict=True))
 
     def state(self) -> dict[str, Any]:
         """The losses that the next is judged by, and the spikes until now."""
@@ -95,7 +99,8 @@ class Recorder:
         own = [{"documents": self._documents(step, batch)} for batch in batches]
         found = {"format": 1, "step": step.number + 1, "kind": kind, "world_size": self.world.size, "threads": torch.get_num_threads(),
                  "loss": sum(losses) / (step.num_targets or 1), "losses": dict(zip((source.name for source in self.rows.sources), losses, strict=True)),
-                 "num_targets": step.num_targets, "gradient_norm": norm, "loss_scale": self.scale.value, **self._gradient()}
+                 "num_targets": step.num_targets, "gradient_norm": norm, "loss_scale": self.scale.value, "weights": self._weights(),
+                 **self._gradient()}
         if kind == "not finite":  # the run ends here, so its gradient is no longer needed
             for part, batch in zip(own, batches, strict=True):
                 part["not_finite"] = self._gradient_of(step, batch)
@@ -152,7 +157,7 @@ class Recorder:
                 newest = checkpoint.newest_whole(self.run / "checkpoints")
                 with published(target) as building:
                     building.mkdir()
-                    (building / "blackbox.json").write_text(json.dumps(_plain({**found, "checkpoint": newest}), indent=1, ensure_ascii=False, allow_nan=False)
+                    (building / "blackbox.json").write_text(json.dumps(_plain({**found, "checkpoint": newest, "began": self.began}), indent=1, ensure_ascii=False, allow_nan=False)
                                                             + "\n", encoding="utf-8")
                     for name in ("recipe.yaml", "run.json"):
                         shutil.copy2(self.run / name, building)

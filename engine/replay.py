@@ -74,7 +74,11 @@ def train(box: Path, recorded: dict[str, Any], folder: Path) -> dict[str, Any]:
                               f"{error and error['message'].strip()}", BUG)
         name, _, text = error["message"].strip().removeprefix("ERROR E-").partition(" ")
         raise EngineError(name, text, error["exit_code"])
-    return json.loads(made.read_text(encoding="utf-8"))
+    again = json.loads(made.read_text(encoding="utf-8"))
+    if recorded["checkpoint"] is None and (changed := differences(recorded["began"], again["began"])):
+        raise EngineError("REPLAY-CHANGED", f"{box}: cannot be made again: at the start the weights' bits add up to {changed[0]}; put back what the run had",
+                          CHECKPOINT)
+    return again
 
 
 def _last_error(folder: Path) -> dict[str, Any] | None:
@@ -87,7 +91,7 @@ def _last_error(folder: Path) -> dict[str, Any] | None:
 def differences(one: Any, other: Any, name: str = "") -> list[str]:
     """Where two black boxes differ, each as name: before → again. Numbers are written so that equal text is equal bits."""
     if isinstance(one, dict) and isinstance(other, dict):
-        return [text for key in {**one, **other} if key != "checkpoint" for text in differences(one.get(key), other.get(key), f"{name}.{key}".lstrip("."))]
+        return [text for key in {**one, **other} if key not in ("checkpoint", "began") for text in differences(one.get(key), other.get(key), f"{name}.{key}".lstrip("."))]
     if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
         return [text for i, (a, b) in enumerate(zip(one, other, strict=True)) for text in differences(a, b, f"{name}[{i}]")]
     return [] if json.dumps(one) == json.dumps(other) else [f"{name}: {str(one)[:60]} → {str(other)[:60]}"]
@@ -98,7 +102,8 @@ def table(box: dict[str, Any]) -> str:
     tokens = [(rank, one["row"], *token) for rank, batches in enumerate(box["ranks"]) for batch in batches for one in batch["documents"]
               for token in one["learnt"]]
     tokens.sort(key=lambda token: -token[5] if isinstance(token[5], float) else -float("inf"))
-    lines = [f"loss {box['loss']}, gradient norm {box['gradient_norm']}; modules without a finite gradient: {', '.join(box['not_finite']) or 'none'}",
+    lines = [f"loss {box['loss']}, gradient norm {box['gradient_norm']}; gradients not finite in {len(box['not_finite'])} of {len(box['modules'])} modules "
+             f"{', '.join(box['not_finite'][:2])}",
              f"{'loss':>12}  {'rank':>4}  {'position':>8}  {'token':<16}  row"]
     lines += [f"{loss if isinstance(loss, str) else f'{loss:.4f}':>12}  {rank:>4}  {at:>8}  {token:<16}  {row}"
               for rank, row, at, _, token, loss in tokens[:TOLD]]

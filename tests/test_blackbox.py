@@ -27,6 +27,7 @@ def at_step(step: int, rank: int, arguments: list[str], what) -> int:
         note(self, number, *rest)
 
     def hooked(trained, *rest):
+        now["trained"] = trained
         parameter = next(iter(trained.values()))
         parameter.register_hook(lambda gradient: what(gradient) if now.get("step") == step and rank_in_launch() == rank else gradient)
         return build(trained, *rest)
@@ -64,5 +65,123 @@ def test_a_nan_in_one_ranks_gradient_stops_all_before_the_update_and_names_rank_
     assert sorted(path.name for path in (run / "checkpoints").iterdir())[-1] == "step-000000008", "something was saved after it"
     for path in run.glob("checkpoints/*/*.safetensors"):
         assert all(tensor.isfinite().all() for tensor in load_file(path).values()), path
+    saved = load_file(run / "checkpoints/step-000000008/model.safetensors")
+    assert box["weights"] == {name: int(distributed.bit_sums({name: saved[name]})) for name in box["weights"]}, "a weight was updated"
     held = run / "blackbox/step-000000009/checkpoint/step-000000008/model.safetensors"
     assert held.samefile(run / "checkpoints/step-000000008/model.safetensors")
+
+
+def diverging(*more: str) -> tuple[str, ...]:
+    """A learning rate that does real harm after six steps of warming up."""
+    return ("model.dropout=0.1", "optim.lr=1e12", "optim.schedule=constant", "optim.warmup_steps=0", "optim.clip_norm=0", "checkpoint.every_steps=1", *more)
+
+
+def replayed(ranks, box: Path, before=lambda: None) -> tuple[int, str]:
+    def main() -> int:
+        before()
+        return replay.main([str(box)])
+
+    started = ranks(1, main)
+    [code] = started.wait()
+    assert not list(box.parent.glob(".*")), "something is left behind"
+    return code, started.log.read_text()
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_divergence_is_made_again_to_the_bit(recipe, ranks, tmp_path, size):
+    """Weights that a learning rate has ruined: the loss of every row is not finite, on every rank."""
+    assert ranks(size, recipe(*LONG, *diverging())).wait() == [NUMERIC] * size
+    [box] = (tmp_path / "runs/run/blackbox").iterdir()
+    found = json.loads((box / "blackbox.json").read_text())
+    tokens = [token for of_rank in found["ranks"] for batch in of_rank for one in batch["documents"] for token in one["learnt"]]
+    assert len(tokens) == found["num_targets"] and found["checkpoint"] == found["step"] - 1 and found["kind"] == "not finite"
+    code, said = replayed(ranks, box)
+    assert code == 0 and "reproduced bit for bit" in said, said
+
+
+JUNK = (26, 28, 30, 32, 34)  # steps whose rows are nothing like all others
+
+
+def dull_rows(tmp_path: Path) -> None:
+    rows = [{"instruction": "red cat", "input": "", "output": "blue dog eats"}] * 72
+    junk = ragged_rows(30, seed=9)
+    for step in JUNK:
+        rows[2 * step - 2 : 2 * step] = [{**one, "output": "one 跑 apple 红 three sleeps"} for one in junk[step - 10 : step - 8]]
+    write_rows(tmp_path / "rows.jsonl", rows)
+
+
+DULL = ("train.global_batch=2", "train.micro_batch=1", "data.shuffle=false", "checkpoint.every_steps=1", "checkpoint.keep=1", "model.dropout=0.1",
+        "optim.schedule=constant", "optim.lr=1e-2", "log.spike_window=20")
+
+
+def test_a_spike_is_told_written_down_and_trained_through(recipe, ranks, tmp_path):
+    dull_rows(tmp_path)
+    started = ranks(2, recipe(*DULL))
+    assert started.wait() == [0, 0], started.log.read_text()
+    run, said = tmp_path / "runs/run", started.log.read_text()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["train/spike"]] == list(JUNK) and not any(line["train/skipped"] for line in lines)
+    warnings = [line for line in said.splitlines() if line.startswith("WARNING step")]
+    assert len(warnings) == len(JUNK)
+    for step, warning in zip(JUNK, warnings, strict=True):
+        assert all(f"{tmp_path}/rows.jsonl:{line}" in warning for line in (2 * step - 1, 2 * step)) and "deviations above the median" in warning
+    assert sorted(path.name for path in (run / "blackbox").iterdir()) == [f"step-{step:09d}" for step in JUNK[: blackbox.MOST]]
+    box = run / "blackbox" / f"step-{JUNK[1]:09d}"
+    found = json.loads((box / "blackbox.json").read_text())
+    assert found["checkpoint"] == JUNK[1] - 1 and sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000000036"]
+    assert found["loss"] == lines[JUNK[1] - 1]["train/loss"] and found["gradient_norm"] == lines[JUNK[1] - 1]["train/grad_norm"]
+    documents = [one for of_rank in found["ranks"] for batch in of_rank for one in batch["documents"]]
+    assert sum(one["loss"] for one in documents) / found["num_targets"] == pytest.approx(found["loss"], rel=1e-6)
+    assert math.sqrt(sum(norm**2 for norm in found["modules"].values())) == pytest.approx(found["gradient_norm"], rel=1e-5)
+    assert all("«" in one["text"] and [token[3] for token in one["learnt"]] for one in documents)
+    code, printed = replayed(ranks, box)
+    assert code == 0 and "reproduced bit for bit" in printed, printed
+
+
+def test_the_losses_that_a_spike_is_judged_by_outlive_a_resume(recipe, ranks, trained, tmp_path):
+    dull_rows(tmp_path)
+    trained(1, recipe(*DULL, name="whole"))
+    assert ranks(1, lambda: stop_after(JUNK[0] - 2, recipe(*DULL, name="cut"))).wait() == [PREEMPTED]
+    trained(1, recipe(*DULL, name="cut"))
+    assert result(tmp_path / "runs/cut") == result(tmp_path / "runs/whole") and '"train/spike": 1' in result(tmp_path / "runs/cut")["metrics"]
+
+
+def test_what_replay_cannot_make_again_is_named(recipe, ranks, trained, tmp_path):
+    dull_rows(tmp_path)
+    trained(1, recipe(*DULL, "optim.lr=1e-2"))
+    box = tmp_path / "runs/run/blackbox" / f"step-{JUNK[0]:09d}"
+    plain = (box / "blackbox.json").read_text()
+    found = json.loads(plain)
+    token = found["ranks"][0][0]["documents"][0]["learnt"][1]
+    token[3] = math.nextafter(token[3], 9)  # the last of 53 bits
+    (box / "blackbox.json").write_text(json.dumps(found))
+    code, said = replayed(ranks, box)
+    assert code == BUG and "E-REPLAY-DIFFERS" in said and "ranks[0][0].documents[0].learnt[1][3]" in said
+    (box / "blackbox.json").write_text(plain)
+    rows = (tmp_path / "rows.jsonl").read_text()
+    (tmp_path / "rows.jsonl").write_text(rows.replace("blue dog eats", "blue dog runs"))
+    code, said = replayed(ranks, box)
+    assert code == CHECKPOINT and "the first row that differs is" in said and f"{tmp_path}/rows.jsonl:1" in said
+
+
+def test_from_the_start_other_weights_are_refused(recipe, ranks, tiny, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    assert ranks(1, recipe(*LONG, *diverging(f"model.path={model}", "checkpoint.every_steps=0", "checkpoint.each_epoch=false"))).wait() == [NUMERIC]
+    [box] = (tmp_path / "runs/run/blackbox").iterdir()
+    assert json.loads((box / "blackbox.json").read_text())["checkpoint"] is None
+    assert replayed(ranks, box)[0] == 0
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"].view(torch.int32)[3] ^= 1
+    save_file(tensors, model / "model.safetensors")
+    code, said = replayed(ranks, box)
+    assert code == CHECKPOINT and "model.norm.weight" in said
+
+
+def test_a_loss_far_above_the_others_is_a_spike_and_others_are_not():
+    draw = torch.Generator().manual_seed(0)
+    before = deque((2 + 0.05 * torch.randn(64, generator=draw)).tolist())
+    assert abs(blackbox.deviation(2.1, before)) < 4 and blackbox.deviation(2.7, before) > 8 and blackbox.deviation(1.0, before) < 0
+    assert blackbox.deviation(9.0, deque(list(before)[:19])) == 0.0
+    assert blackbox.deviation(2.001, deque([2.0] * 64)) < 1, "losses that are all alike"
+    assert blackbox.deviation(2.7, deque([*list(before)[:40], *[50.0] * 12])) > 8, "others that were spikes do not hide one"
