@@ -155,10 +155,10 @@ class Recorder:
         if self.world.is_first:
             try:
                 newest = checkpoint.newest_whole(self.run / "checkpoints")
+                text = json.dumps(_plain({**found, "checkpoint": newest, "began": self.began}), indent=1, ensure_ascii=False, allow_nan=False)
                 with published(target) as building:
                     building.mkdir()
-                    (building / "blackbox.json").write_text(json.dumps(_plain({**found, "checkpoint": newest, "began": self.began}), indent=1, ensure_ascii=False, allow_nan=False)
-                                                            + "\n", encoding="utf-8")
+                    (building / "blackbox.json").write_text(text + "\n", encoding="utf-8")
                     for name in ("recipe.yaml", "run.json"):
                         shutil.copy2(self.run / name, building)
                     if newest is not None:

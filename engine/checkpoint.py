@@ -23,7 +23,7 @@ from torch import Tensor
 
 from engine import config, space, tensorfile
 from engine.config import Recipe
-from engine.data import changes
+from engine.data import changes, ledger
 from engine.data.dataset import Dataset
 from engine.errors import CHECKPOINT, ENVIRONMENT, SECURITY, EngineError
 from engine.publish import fsync, remove
@@ -190,17 +190,19 @@ def compare_identity(path: Path, state: dict[str, Any], current: dict[str, Any],
     different = {key: f"{key}: {saved.get(key)} → {current.get(key)}" for key in sorted(saved.keys() | current.keys() - {"allowed"})
                  if saved.get(key) != current.get(key)}
     if "data" in different:
-        different["data"] = f"data: {changes.told(state['files'], rows)}"
+        different["data"] = f"data: {changes.told(state['files'], rows, alike=set(different) == {'data'})}"
     if refused := [text for key, text in different.items() if key not in allow]:
         never = [key for key in different if key in config.FIXED]
         way = f"no checkpoint fits with another {', '.join(never)}" if never else f"or set resume.allow=[{', '.join(different)}] if it is meant"
         raise EngineError("CHECKPOINT-IDENTITY", f"{path}: belongs to a run that differs (checkpoint → now): {'; '.join(refused)}; "
                           f"undo the change, or choose another run.name; {way}", CHECKPOINT)
+    if ledger.PLANNED & set(different):
+        different[""] = f"rows come in an order of their own, and the ledger counts, from step {state['step'] + 1} on"
     if different:
         current["allowed"] = [*current["allowed"], *(f"after step {state['step']}: {text}" for text in different.values())]
         if speaks:
             print(f"WARNING {path}: going on with what differs, as resume.allow says: {'; '.join(different.values())}", file=sys.stderr, flush=True)
-    return set(different)
+    return set(different) - {""}
 
 
 def _sealed(manifest: dict[str, Any]) -> str:

@@ -91,7 +91,8 @@ def _last_error(folder: Path) -> dict[str, Any] | None:
 def differences(one: Any, other: Any, name: str = "") -> list[str]:
     """Where two black boxes differ, each as name: before → again. Numbers are written so that equal text is equal bits."""
     if isinstance(one, dict) and isinstance(other, dict):
-        return [text for key in {**one, **other} if key not in ("checkpoint", "began") for text in differences(one.get(key), other.get(key), f"{name}.{key}".lstrip("."))]
+        keys = [key for key in {**one, **other} if key not in ("checkpoint", "began")]
+        return [text for key in keys for text in differences(one.get(key), other.get(key), f"{name}.{key}".lstrip("."))]
     if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
         return [text for i, (a, b) in enumerate(zip(one, other, strict=True)) for text in differences(a, b, f"{name}[{i}]")]
     return [] if json.dumps(one) == json.dumps(other) else [f"{name}: {str(one)[:60]} → {str(other)[:60]}"]

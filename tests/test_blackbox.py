@@ -1,6 +1,5 @@
 """Accidents with numbers: named before they reach a weight, written down, made again to the bit, and trained around."""
 
-import hashlib
 import json
 import math
 import shutil
@@ -13,8 +12,8 @@ from conftest import ragged_rows, write_rows
 from safetensors.torch import load_file, save_file
 from test_resume import FULL, LONG, LORA, result, stop_after
 
-from engine import blackbox, distributed, dropout, loss, optim, replay, train
-from engine.errors import BUG, CHECKPOINT, NUMERIC, PREEMPTED, EngineError, rank_in_launch
+from engine import blackbox, distributed, dropout, optim, replay, train
+from engine.errors import BUG, CHECKPOINT, NUMERIC, PREEMPTED, USER, EngineError, rank_in_launch
 
 
 def at_step(step: int, rank: int, arguments: list[str], what) -> int:
@@ -59,7 +58,7 @@ def test_a_nan_in_one_ranks_gradient_stops_all_before_the_update_and_names_rank_
     box = box_of(run, 9)
     [named] = rows_of(box["ranks"][2])
     message = json.loads((run / "last_error.json").read_text())["message"]
-    assert "not finite at step 9; nothing was updated" in message and f"On rank 2 these rows" in message and str(run / "blackbox/step-000000009") in message
+    assert "not finite at step 9; nothing was updated" in message and "On rank 2 these rows" in message and str(run / "blackbox/step-000000009") in message
     assert named in message and named.startswith(f"{tmp_path}/rows.jsonl:")
     assert [bool(batch["not_finite"]) for of_rank in box["ranks"] for batch in of_rank] == [False, False, True, False]
     assert sorted(path.name for path in (run / "checkpoints").iterdir())[-1] == "step-000000008", "something was saved after it"
@@ -185,3 +184,77 @@ def test_a_loss_far_above_the_others_is_a_spike_and_others_are_not():
     assert blackbox.deviation(9.0, deque(list(before)[:19])) == 0.0
     assert blackbox.deviation(2.001, deque([2.0] * 64)) < 1, "losses that are all alike"
     assert blackbox.deviation(2.7, deque([*list(before)[:40], *[50.0] * 12])) > 8, "others that were spikes do not hide one"
+
+
+# ---- Weights and scales ----------------------------------------------------------------------------------------------
+
+
+def edited(tiny: Path, tmp_path: Path, name: str, what) -> str:
+    """A copy of the model with one tensor of its file changed."""
+    shutil.copytree(tiny, tmp_path / "model")
+    tensors = load_file(tmp_path / "model/model.safetensors")
+    tensors[name] = what(tensors[name])
+    save_file(tensors, tmp_path / "model/model.safetensors")
+    return f"model.path={tmp_path}/model"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_weight_that_is_no_number_is_refused_by_name_before_the_first_step(recipe, tiny, tmp_path, bad):
+    name = "model.layers.1.mlp.up_proj.weight"
+    option = edited(tiny, tmp_path, name, lambda tensor: torch.where(torch.arange(tensor.numel()).view_as(tensor) == 77, bad, tensor))
+    with pytest.raises(EngineError, match=f"{name} holds NaN or an infinity") as caught:
+        train.main(recipe(option, *LORA))
+    assert caught.value.exit_code == USER and not (tmp_path / "runs/run/metrics.jsonl").exists()
+
+
+def test_an_adapter_that_is_no_number_is_refused_by_name(recipe, trained, tmp_path):
+    trained(1, recipe(*LORA, "train.max_steps=1"))
+    path = tmp_path / "runs/run/export/adapter/adapter_model.safetensors"
+    tensors = load_file(path)
+    name = sorted(tensors)[-1]
+    tensors[name][0, 0] = math.nan
+    save_file(tensors, path)
+    with pytest.raises(EngineError, match="holds NaN or an infinity"):
+        train.main(recipe(f"lora.start={path.parent}", name="next"))
+
+
+def test_a_norm_beyond_fp32_stops_before_the_update_and_names_the_module(recipe, ranks, tiny, tmp_path):
+    """Every loss and every gradient is finite; the gradient's length is not."""
+    option = edited(tiny, tmp_path, "model.norm.weight", lambda tensor: tensor * 1e25)
+    started = ranks(2, recipe(option, "checkpoint.every_steps=1"))
+    assert started.wait() == [NUMERIC] * 2, started.log.read_text()
+    box = box_of(tmp_path / "runs/run", 1)
+    assert box["gradient_norm"] == "inf" and math.isfinite(box["loss"]) and not box["not_finite"]
+    total = math.sqrt(sum(norm**2 for norm in box["modules"].values()))
+    assert 1e19 < total < math.inf
+    message = json.loads((tmp_path / "runs/run/last_error.json").read_text())["message"]
+    assert f"not the gradient's norm in fp32: it is {total:.1e}, most of it in {max(box['modules'], key=box['modules'].get)}" in message
+    assert not list((tmp_path / "runs/run/checkpoints").iterdir())
+
+
+STORM = ("train.precision=fp16", "train.loss_scale=16777216", "train.global_batch=2", "train.epochs=3", "checkpoint.every_steps=1", "checkpoint.keep=9")
+
+
+def test_a_storm_of_overflows_is_resumed_inside_to_the_bit(recipe, ranks, trained, tmp_path):
+    trained(2, recipe(*STORM, name="whole"))
+    lines = [json.loads(line) for line in (tmp_path / "runs/whole/metrics.jsonl").read_text().splitlines()]
+    skipped = [line["train/skipped"] for line in lines]
+    calm = skipped.index(0)
+    assert calm > 5 and not any(skipped[calm + 5 :]), "a storm, and then none"
+    for stop in (2, calm - 1):
+        assert set(ranks(2, lambda stop=stop: stop_after(stop, recipe(*STORM, name="cut"))).wait()) == {PREEMPTED}
+    trained(2, recipe(*STORM, name="cut"))
+    assert result(tmp_path / "runs/cut") == result(tmp_path / "runs/whole")
+
+
+def test_a_storm_without_end_is_stopped_once_the_scale_is_one(recipe, ranks, tiny, tmp_path):
+    """Logits beyond fp16, which no loss scale helps. The first scale is no power of two."""
+    option = edited(tiny, tmp_path, "model.norm.weight", lambda tensor: tensor * 1e6)
+    arguments = recipe(*STORM, "train.loss_scale=1000", option)
+    assert ranks(1, lambda: stop_after(4, arguments)).wait() == [PREEMPTED]
+    started = ranks(1, arguments)
+    assert started.wait() == [NUMERIC], started.log.read_text()
+    lines = [json.loads(line) for line in (tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()]
+    assert [line["train/loss_scale"] for line in lines] == [max(1.0, 1000 / 2**step) for step in range(10)] and all(line["train/skipped"] for line in lines)
+    assert "not finite at step 11 at loss scale 1; nothing was updated" in started.log.read_text() and box_of(tmp_path / "runs/run", 11)["loss_scale"] == 1.0
+    assert [line["train/lr"] for line in lines] == sorted((line["train/lr"] for line in lines), reverse=True), "the schedule goes on by steps"

@@ -10,15 +10,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_gradient import reference_gradients
-from test_resume import LONG, stop_after
+from test_loader import CPU, documents
+from test_resume import stop_after
 
 from engine import train
+from engine.attention import PackedAttention
 from engine.config import Data
 from engine.data import dataset, ledger
-from engine.data.loader import Loader
+from engine.data.loader import Loader, collate
 from engine.data.plan import Plan
 from engine.data.tokenizer import load_tokenizer
+from engine.dropout import DropoutKeys
 from engine.errors import CHECKPOINT, PREEMPTED, USER, EngineError
+from engine.loss import summed_cross_entropy
+from engine.models import weights
 
 
 def account_of(run) -> tuple[dict, list[dict]]:
@@ -143,3 +148,21 @@ def test_a_row_is_known_by_any_path_to_its_file(recipe, trained, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     trained(1, recipe("data.skip=['./rows.jsonl:4']", "train.max_steps=1"))
     assert account_of(tmp_path / "runs/run")[0]["files"][0]["skipped"] == {"0": 1}
+
+
+def test_the_others_meet_the_same_dropout_to_the_bit(tiny):
+    """Without padding in a skipped row's place, rows behind it in their sequence would meet other masks."""
+    rows, keys = documents(9), DropoutKeys(3)
+    model = weights.build(tiny, "pretrained", 0, torch.float32, torch.float32, CPU, dropout=0.3, keys=keys).train()
+    found = []
+    for skipped in ((), (1, 3)):
+        batch = collate(rows, [np.asarray([0, 1, 2]), np.asarray([3]), np.asarray([4, 5])], [0, 1, 2], CPU, 130, skipped)
+        keys.set(7, batch.places, batch.lengths)
+        each = torch.zeros(len(batch.at), dtype=torch.float64)
+        hidden = model(batch.ids, batch.positions, PackedAttention(batch.documents, CPU, "sdpa"))
+        summed_cross_entropy(hidden[batch.at], model.lm_head.weight, batch.targets, torch.arange(len(each)), each)
+        found.append(dict(zip(batch.at.tolist(), each.tolist(), strict=True)))
+    whole, less = found
+    assert 0 < len(less) < len(whole) and all(whole[at] == less[at] for at in less)
+    bounds = np.cumsum([0, *rows.lengths[[0, 1]]]), np.cumsum([130, rows.lengths[3]])
+    assert set(whole) - set(less) == {at for at in whole if bounds[0][1] <= at < bounds[0][2] or bounds[1][0] <= at < bounds[1][1]}

@@ -21,8 +21,12 @@ def table(dataset: Dataset) -> list[list[Any]]:
     return [[str(file.path), file.index["sha256"], file.kept, file.folder.name] for file in dataset.files]
 
 
-def told(before: list[list[Any]], dataset: Dataset) -> str:
-    """The first file that is not what it was when `before` was its dataset's table, in words."""
+def told(before: list[list[Any]], dataset: Dataset, alike: bool) -> str:
+    """The first file that is not what it was when `before` was its dataset's table, in words.
+
+    Args:
+        alike: rows became tokens in the same way, so that they can be compared.
+    """
     now = table(dataset)
     if sorted(one[1] for one in before) == sorted(one[1] for one in now) and [one[1] for one in before] != [one[1] for one in now]:
         return f"the same files in another order: {_names(before)} → {_names(now)}"
@@ -32,7 +36,7 @@ def told(before: list[list[Any]], dataset: Dataset) -> str:
         if old is None:
             return f"{new[0]} is new"
         if old[1] != new[1]:
-            return f"{new[0]} has changed: {_first_row(file, old)}"
+            return f"{new[0]} has changed: {_first_row(file, old, alike)}"
         if old[3] != new[3]:
             return f"{new[0]} is as it was, but is read in another way (format, template, system prompt, supervise, or the tokenizer)"
     return "the files are as they were, but are mixed or cut in another way"
@@ -42,15 +46,14 @@ def _names(files: list[list[Any]]) -> str:
     return ", ".join(one[0] for one in files)
 
 
-def _first_row(file: File, old: list[Any]) -> str:
-    """The first row in which a file differs from what it was, as path:line."""
+def _first_row(file: File, old: list[Any], alike: bool) -> str:
+    """The first row in which a file differs from what it was, as path:line, if they can be compared."""
     _, sha256, count, name = old
     was = File(file.path, file.source, {}, file.folder.parent / name)
     counts = f"{count:,} → {file.kept:,} rows"
-    try:
-        one, other = _rows(was), _rows(file)
-    except (OSError, ValueError):
-        return f"SHA-256 {sha256[:12]}… → {file.index['sha256'][:12]}…, {counts}; the rows as they were are not in data.cache"
+    if not (alike and was.folder.is_dir()):
+        return f"SHA-256 {sha256[:12]}… → {file.index['sha256'][:12]}…, {counts}"
+    one, other = _rows(was), _rows(file)
     common = min(len(one), len(other))
     if len(differ := np.flatnonzero(one[FACTS][:common] != other[FACTS][:common])):
         return f"the first row that differs is {file.path}:{other['line'][differ[0]]} ({counts})"

@@ -52,6 +52,9 @@ def as_planned(step: Step, counts: Iterable[float]) -> Counts:
     return found
 
 
+PLANNED = {"data", "data.packing", "data.shuffle", "train.seed", "train.global_batch"}  # parts of a run that decide its plan
+
+
 def go_on(plan: Plan, start: int, state: dict[str, Any], changed: Collection[str]) -> Counts:
     """What was counted before `start`, and the plan told what it skipped; from nothing where steps before were of another plan.
 
@@ -59,7 +62,7 @@ def go_on(plan: Plan, start: int, state: dict[str, Any], changed: Collection[str
         state: a checkpoint's.
         changed: the parts in which its run differs from this one.
     """
-    same = not {"data", "data.packing", "data.shuffle", "train.seed", "train.global_batch"} & set(changed)
+    same = not PLANNED & set(changed)
     plan.go_on(start, state["skips"] if same else None)
     return Counts(*state["trained"]) if same else Counts()
 
