@@ -154,7 +154,7 @@ class Recorder:
         target, problem = self.run / "blackbox" / f"step-{found['step']:09d}", ""
         if self.world.is_first:
             try:
-                newest = checkpoint.newest_whole(self.run / "checkpoints")
+                newest = checkpoint.newest(self.run / "checkpoints")
                 text = json.dumps(_plain({**found, "checkpoint": newest, "began": self.began}), indent=1, ensure_ascii=False, allow_nan=False)
                 with published(target) as building:
                     building.mkdir()

@@ -118,6 +118,11 @@ def newest_whole(folder: Path) -> int | None:
     return None
 
 
+def newest(folder: Path) -> int | None:
+    """The step of the newest checkpoint, whole or not."""
+    return max(_steps(folder), default=None)
+
+
 def _others_may_write(path: Path) -> str | None:
     """The first of a checkpoint's folders and files that belongs to a user who is neither this one nor root, or that all users may write."""
     for place in (path.parent, path, *sorted(path.iterdir())):
@@ -196,13 +201,12 @@ def compare_identity(path: Path, state: dict[str, Any], current: dict[str, Any],
         way = f"no checkpoint fits with another {', '.join(never)}" if never else f"or set resume.allow=[{', '.join(different)}] if it is meant"
         raise EngineError("CHECKPOINT-IDENTITY", f"{path}: belongs to a run that differs (checkpoint → now): {'; '.join(refused)}; "
                           f"undo the change, or choose another run.name; {way}", CHECKPOINT)
-    if ledger.PLANNED & set(different):
-        different[""] = f"rows come in an order of their own, and the ledger counts, from step {state['step'] + 1} on"
     if different:
+        anew = f"; rows come in another order, and are counted, from step {state['step'] + 1} on" if ledger.PLANNED & set(different) else ""
         current["allowed"] = [*current["allowed"], *(f"after step {state['step']}: {text}" for text in different.values())]
         if speaks:
-            print(f"WARNING {path}: going on with what differs, as resume.allow says: {'; '.join(different.values())}", file=sys.stderr, flush=True)
-    return set(different) - {""}
+            print(f"WARNING {path}: going on with what differs, as resume.allow says: {'; '.join(different.values())}{anew}", file=sys.stderr, flush=True)
+    return set(different)
 
 
 def _sealed(manifest: dict[str, Any]) -> str:
