@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
             changed = checkpoint.compare_identity(run / "checkpoints", saved.state, identity, cfg.resume.allow, rows, world.is_first)
             weights.load_trained(trained, saved.model)
             optim.load_state(optimizer, trained, saved.optimizer)
-            scale.load(saved.state["scale"])
+            scale.load(scale.state() if "train.precision" in changed else saved.state["scale"])
             best, counted, seen = saved.state["best"], ledger.go_on(plan, start, saved.state, changed), saved.state["losses"]
 
         # ---- What will happen, in words and as an equation ----------------------------------------------------------

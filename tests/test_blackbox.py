@@ -12,8 +12,9 @@ from conftest import ragged_rows, write_rows
 from safetensors.torch import load_file, save_file
 from test_resume import FULL, LONG, LORA, result, stop_after
 
-from engine import blackbox, distributed, dropout, optim, replay, train
-from engine.errors import BUG, CHECKPOINT, NUMERIC, PREEMPTED, USER, EngineError, rank_in_launch
+from engine import blackbox, distributed, dropout, linear, optim, replay, train
+from engine.data.tokenizer import load_tokenizer
+from engine.errors import BUG, CHECKPOINT, NUMERIC, PEER, PREEMPTED, USER, EngineError, rank_in_launch
 
 
 def at_step(step: int, rank: int, arguments: list[str], what) -> int:
@@ -68,6 +69,41 @@ def test_a_nan_in_one_ranks_gradient_stops_all_before_the_update_and_names_rank_
     assert box["weights"] == {name: int(distributed.bit_sums({name: saved[name]})) for name in box["weights"]}, "a weight was updated"
     held = run / "blackbox/step-000000009/checkpoint/step-000000008/model.safetensors"
     assert held.samefile(run / "checkpoints/step-000000008/model.safetensors")
+
+
+def poisoned_token(number: int, arguments: list[str]) -> int:
+    """Trains a model that makes NaN of one token."""
+    plain = linear.Embedding.forward
+    linear.Embedding.forward = lambda self, ids: torch.where((ids == number)[:, None], math.nan, plain(self, ids))
+    return train.main(arguments)
+
+
+def test_the_row_that_breaks_a_step_is_named_among_its_neighbours_and_can_be_gone_on_without(recipe, ranks, tiny, tmp_path):
+    """From the accident to the end of the run: the row's id as the message has it, into data.skip, allowed, trained to the end."""
+    rows = ragged_rows(23)
+    rows[12]["output"] = "red quiz cat"
+    write_rows(tmp_path / "rows.jsonl", rows)
+    tokenizer = load_tokenizer(tiny)
+    common = {number for row in ragged_rows(23) for text in row.values() for number in tokenizer.encode(text)}
+    odd = min(set(tokenizer.encode(rows[12]["output"])) - common)
+    options = ("data.packing=true", "train.global_batch=4", "train.epochs=2", "checkpoint.every_steps=1", "train.micro_batch=2", "model.dropout=0.1")
+    started = ranks(2, lambda: poisoned_token(odd, recipe(*options)))
+    assert started.wait() == [NUMERIC] * 2, started.log.read_text()
+    message = json.loads((tmp_path / "runs/run/last_error.json").read_text())["message"]
+    id = f"{tmp_path}/rows.jsonl:13"
+    assert f"these rows have a loss that is not finite: {id}. Black box: " in message
+    [box] = (tmp_path / "runs/run/blackbox").iterdir()
+    found = json.loads((box / "blackbox.json").read_text())
+    [of_rank] = [rank for rank, part in enumerate(found["ranks"]) if id in rows_of(part)]
+    assert f"On rank {of_rank} " in message
+    losses = {one["row"]: [token[3] for token in one["learnt"]] for part in found["ranks"] for batch in part for one in batch["documents"]}
+    assert [row for row, each in losses.items() if "nan" in each] == [id], "nothing of others of the same sequence is to blame"
+    step, ended = found["step"], ranks(2, lambda: poisoned_token(odd, recipe(*options, f"data.skip=['{id}']", "resume.allow=[data.skip]")))
+    assert ended.wait() == [0, 0], ended.log.read_text()
+    entry = json.loads((tmp_path / "runs/run/ledger.json").read_text())["train"]["files"][0]
+    assert entry["skipped"] == {"0": 1} and entry["trained"] == {"2": 22}
+    lines = [json.loads(line) for line in (tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1)) and len(lines) > step
 
 
 def diverging(*more: str) -> tuple[str, ...]:
@@ -135,6 +171,50 @@ def test_a_spike_is_told_written_down_and_trained_through(recipe, ranks, tmp_pat
     assert all("«" in one["text"] and [token[3] for token in one["learnt"]] for one in documents)
     code, printed = replayed(ranks, box)
     assert code == 0 and "reproduced bit for bit" in printed, printed
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("kind", [FULL, LORA, ("optim.shard=true", "train.precision=fp16", "train.loss_scale=64", "data.packing=true")],
+                         ids=["full", "lora", "shard"])
+def test_spikes_of_every_kind_of_run_are_made_again_to_the_bit(recipe, ranks, tmp_path, kind, size):
+    dull_rows(tmp_path)
+    options = dict(option.split("=", 1) for option in (*DULL, *kind, "log.spike_z=4", "checkpoint.every_steps=7"))
+    started = ranks(size, recipe(*(f"{key}={value}" for key, value in options.items()), "train.epochs=3"))
+    assert started.wait() == [0] * size, started.log.read_text()
+    boxes = sorted((tmp_path / "runs/run/blackbox").iterdir())
+    assert boxes, "no spike"
+    for box in boxes:
+        code, said = replayed(ranks, box)
+        assert code == 0 and "reproduced bit for bit" in said, said
+
+
+def flip_a_bit(step: int, rank: int, arguments: list[str]) -> int:
+    """Trains; one bit of one weight in one rank's memory turns over once `step` is done."""
+    note, held, build = dropout.DropoutKeys.set, {}, optim.build
+
+    def keep(trained, *rest):
+        held.update(trained)
+        return build(trained, *rest)
+
+    def keys_set(self, number, *rest):
+        if number == step and rank_in_launch() == rank and held:
+            held.pop(sorted(held)[2]).data.view(-1).view(torch.int32)[5] ^= 1
+            held.clear()
+        note(self, number, *rest)
+
+    optim.build, dropout.DropoutKeys.set = keep, keys_set
+    return train.main(arguments)
+
+
+@pytest.mark.parametrize("kind", [pytest.param(FULL, marks=pytest.mark.faults), LORA], ids=["full", "lora"])
+def test_a_bit_that_flips_on_one_rank_is_caught_at_the_next_checkpoint_and_costs_its_steps_alone(recipe, ranks, trained, tmp_path, kind):
+    trained(4, recipe(*kind, *LONG, name="whole"))
+    started = ranks(4, lambda: flip_a_bit(11, 3, recipe(*kind, *LONG, name="cut")))
+    assert started.wait() == [PEER] * 4 and "differs from rank 0's on rank 3" in started.log.read_text()
+    assert max(path.name for path in (tmp_path / "runs/cut/checkpoints").iterdir()) == "step-000000010"
+    trained(4, recipe(*kind, *LONG, name="cut"))
+    assert result(tmp_path / "runs/cut") == result(tmp_path / "runs/whole")
 
 
 def test_the_losses_that_a_spike_is_judged_by_outlive_a_resume(recipe, ranks, trained, tmp_path):

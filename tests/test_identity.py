@@ -248,3 +248,10 @@ def test_a_copied_checkpoint_goes_on_whatever_its_times(stopped, ranks, recipe, 
     started = ranks(1, stopped(f"run.folder={other}"))
     assert started.wait() == [0] and "resumed after step 3" in started.log.read_text()
     assert result(other / "run") == result(tmp_path / "runs/run")
+
+
+def test_another_precision_that_is_allowed_begins_with_its_own_loss_scale(stopped, ranks, tmp_path):
+    assert ranks(1, lambda: stop_after(5, stopped("train.precision=fp16", "train.loss_scale=64", "resume.allow=[train.precision, train.loss_scale]"))
+                 ).wait() == [PREEMPTED]
+    lines = [json.loads(line) for line in (tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()]
+    assert [line["train/loss_scale"] for line in lines] == [1, 1, 1, 64, 64]
