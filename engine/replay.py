@@ -7,6 +7,7 @@ It runs engine.train with the run's own recipe on as many ranks, from where the 
 
 import json
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -33,6 +34,7 @@ def main(argv: list[str]) -> int:
         recorded = json.loads((box / "blackbox.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise EngineError("REPLAY-BOX", f"{box}: cannot be read as a black box: {error}; {parser.epilog}", USER) from error
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the folder is removed then, too
     print(f"step {recorded['step']}: {recorded['kind']}; again from {'step ' + str(recorded['checkpoint']) if recorded['checkpoint'] else 'the start'} "
           f"on {recorded['world_size']} rank{'s' * (recorded['world_size'] > 1)}", flush=True)
     with tempfile.TemporaryDirectory(prefix=".replay-", dir=box.parent) as folder:
