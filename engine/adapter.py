@@ -100,6 +100,7 @@ def load(model: nn.Module, folder: Path, dropout: float = 0.0, keys: DropoutKeys
         wanted |= {f"{name}.lora_A.weight": module.lora_A, f"{name}.lora_B.weight": module.lora_B}
         if module.lora_magnitude_vector is not None:
             wanted[f"{name}.lora_magnitude_vector"] = module.lora_magnitude_vector
+    problems += [f"{key}: holds NaN or an infinity" for key, tensor in [*tensors.items(), *whole.items()] if not tensor.isfinite().all()]
     sizes, found = ({key: list(tensor.shape) for key, tensor in some.items()} for some in (wanted, tensors))
     problems += [f"{key}: file has {found.get(key, 'nothing')}, the base wants {sizes.get(key, 'nothing')}"
                  for key in sorted(sizes.keys() | found.keys()) if sizes.get(key) != found.get(key)]

@@ -13,6 +13,7 @@ import re
 import shutil
 import stat
 import sys
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +21,17 @@ from typing import Any
 
 from torch import Tensor
 
-from engine import space, tensorfile
+from engine import config, space, tensorfile
 from engine.config import Recipe
+from engine.data import changes, ledger
+from engine.data.dataset import Dataset
 from engine.errors import CHECKPOINT, ENVIRONMENT, SECURITY, EngineError
 from engine.publish import fsync, remove
 
 NAME = re.compile(r"step-([0-9]{9})")
 MANIFEST = "manifest.json"
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ def save(folder: Path, step: int, snapshot: Snapshot, keep: int, best: int | Non
         tensorfile.save(snapshot.optimizer, building / FILES[1])
         (building / FILES[2]).write_text(json.dumps({**snapshot.state, "step": step}, indent=2) + "\n", encoding="utf-8")
         files = {name: {"bytes": (building / name).stat().st_size, "sha256": _sha256(building / name)} for name in FILES}
-        (building / MANIFEST).write_text(_sealed({"format": 1, "step": step, "files": files}), encoding="utf-8")
+        (building / MANIFEST).write_text(_sealed({"format": FORMAT, "step": step, "files": files}), encoding="utf-8")
         for path in building.iterdir():
             fsync(path)
         fsync(building)
@@ -122,6 +126,11 @@ def newest_whole(folder: Path) -> int | None:
     return None
 
 
+def newest(folder: Path) -> int | None:
+    """The step of the newest checkpoint, whole or not."""
+    return max(steps_in(folder), default=None)
+
+
 def _others_may_write(path: Path) -> str | None:
     """The first of a checkpoint's folders and files that belongs to a user who is neither this one nor root, or that all users may write."""
     for place in (path.parent, path, *sorted(path.iterdir())):
@@ -146,7 +155,7 @@ def damage(path: Path) -> str | None:
     """What keeps a checkpoint from being whole, or None.
 
     Raises:
-        EngineError: a link stands where a file of its own is expected.
+        EngineError: a link stands where a file of its own is expected, or a newer engine wrote it: passing over it would throw its steps away.
     """
     try:
         for name in ("", MANIFEST, *FILES):
@@ -161,7 +170,10 @@ def damage(path: Path) -> str | None:
         files = manifest["files"]
         if text != _sealed({key: value for key, value in manifest.items() if key != "seal"}):
             return "manifest.json is not as it was written"
-        if manifest["format"] != 1 or sorted(files) != sorted(FILES) or path.name != f"step-{manifest['step']:09d}":
+        if manifest["format"] > FORMAT:
+            raise EngineError("CHECKPOINT-NEWER", f"{path}: was written by a newer engine, in format {manifest['format']}, expected at most {FORMAT}; "
+                              "go on with that engine, or choose another run.name", CHECKPOINT)
+        if manifest["format"] != FORMAT or sorted(files) != sorted(FILES) or path.name != f"step-{manifest['step']:09d}":
             return "manifest.json belongs to something else"
         for name in FILES:
             size = (path / name).stat().st_size
@@ -174,11 +186,35 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def compare_identity(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raises EngineError that names every part in which a checkpoint's run differs from the one that would go on."""
-    if different := [f"{key}: {saved.get(key)} → {current.get(key)}" for key in sorted(saved.keys() | current.keys()) if saved.get(key) != current.get(key)]:
-        raise EngineError("CHECKPOINT-IDENTITY", f"{path}: belongs to a run that differs (checkpoint → now): {'; '.join(different)}; "
-                          "undo the change, or choose another run.name", CHECKPOINT)
+def compare_identity(path: Path, state: dict[str, Any], current: dict[str, Any], allow: Collection[str], rows: Dataset, speaks: bool) -> set[str]:
+    """The parts in which a checkpoint's run differs from the one that goes on, if `allow` names them all.
+
+    One warning tells them, and `current` keeps them as "allowed", with those before. An option that the checkpoint's engine
+    did not have yet had the value that is now its default.
+
+    Args:
+        state: the checkpoint's. Its "identity" has a value for each part; of "data" its "files" tell more.
+
+    Raises:
+        EngineError: it names every part that is not allowed.
+    """
+    saved = {**config.semantic(Recipe()), **state["identity"]}
+    current["allowed"] = saved.pop("allowed", [])
+    different = {key: f"{key}: {saved.get(key)} → {current.get(key)}" for key in sorted(saved.keys() | current.keys() - {"allowed"})
+                 if saved.get(key) != current.get(key)}
+    if "data" in different:
+        different["data"] = f"data: {changes.told(state['files'], rows, alike=set(different) == {'data'})}"
+    if refused := [text for key, text in different.items() if key not in allow]:
+        never = [key for key in different if key in config.FIXED]
+        way = f"no checkpoint fits with another {', '.join(never)}" if never else f"or set resume.allow=[{', '.join(different)}] if it is meant"
+        raise EngineError("CHECKPOINT-IDENTITY", f"{path}: belongs to a run that differs (checkpoint → now): {'; '.join(refused)}; "
+                          f"undo the change, or choose another run.name; {way}", CHECKPOINT)
+    if different:
+        anew = f"; rows come in another order, and are counted, from step {state['step'] + 1} on" if ledger.PLANNED & set(different) else ""
+        current["allowed"] = [*current["allowed"], *(f"after step {state['step']}: {text}" for text in different.values())]
+        if speaks:
+            print(f"WARNING {path}: going on with what differs, as resume.allow says: {'; '.join(different.values())}{anew}", file=sys.stderr, flush=True)
+    return set(different)
 
 
 def _sealed(manifest: dict[str, Any]) -> str:

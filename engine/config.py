@@ -76,6 +76,7 @@ class Data:
     max_length: int = option(2048, "tokens in a sequence, template and end-of-sequence included", low=2)
     too_long: str = option("error", "a row over max_length: truncate cuts its end, split makes rows of its pieces", ("error", "truncate", "drop", "split"))
     packing: bool = option(True, "fill sequences with several rows; attention never crosses rows")
+    skip: list[str] = option([], "rows to go on without, as path:line, the way black boxes and errors name them; all others keep their places")
     shuffle: bool = option(True, "new order each epoch; false keeps the file's order, but for packed rows that fill a sequence begun before")
     cache: str = option("runs/.cache", "folder for tokenised rows, keyed by content")
     workers: int | None = option(None, "processes that tokenise; one for each core if not given", low=1)
@@ -165,6 +166,11 @@ class Checkpoint:
 
 
 @dataclass
+class Resume:
+    allow: list[str] = option([], "differences from the checkpoint's run that are meant, by the names that a refusal tells: optim.lr, data, weights, …")
+
+
+@dataclass
 class Export:
     kinds: list[str] = option(["auto"], "written at the end: adapter, model (adapters merged), gguf; auto: adapter with LoRA, else model; [] nothing",
                               ("auto", "adapter", "model", "gguf"))
@@ -178,6 +184,8 @@ class Export:
 class Log:
     every_steps: int = option(1, "steps between lines on the console; metrics.jsonl has every step", low=1)
     tensorboard: bool = option(True, "write TensorBoard events")
+    spike_z: float = option(8.0, "deviations above the median of the last losses from which on a loss is a spike: warned of, and a black box; 0 never", low=0)
+    spike_window: int = option(64, "losses that median and deviation are taken of; none is judged before there are 20", low=20)
 
 
 @dataclass
@@ -190,6 +198,7 @@ class Recipe:
     train: Train = field(default_factory=Train)
     evaluate: Evaluate = field(default_factory=Evaluate)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    resume: Resume = field(default_factory=Resume)
     export: Export = field(default_factory=Export)
     log: Log = field(default_factory=Log)
 
@@ -201,8 +210,11 @@ def options() -> dict[str, Any]:
 
 # Options that may differ between the launches of one run: they place, pace or show the work and leave its result alone.
 # What data and model paths hold is compared by content instead.
-HARDWARE = ("run.", "log.", "evaluate.", "checkpoint.", "export.", "data.cache", "data.workers", "data.train", "data.validation", "model.path", "lora.start",
-            "optim.shard", "train.device", "train.micro_batch", "train.activation_checkpointing", "train.attention", "train.timeout_s")
+HARDWARE = ("run.", "log.", "evaluate.", "checkpoint.", "resume.", "export.", "data.cache", "data.workers", "data.train", "data.validation", "model.path",
+            "lora.start", "optim.shard", "train.device", "train.micro_batch", "train.activation_checkpointing", "train.attention", "train.timeout_s")
+CONTENT = ("data", "tokenizer", "weights", "adapter")  # by their digests: what the paths hold
+# Options that decide which tensors a checkpoint holds, of what shape, type or meaning: made with another value none fits.
+FIXED = ("model.add_tokens", "lora.rank", "lora.targets", "lora.rank_pattern", "lora.dora", "lora.init", "lora.modules_to_save", "optim.name")
 
 
 def flat(recipe: Recipe) -> dict[str, Any]:
@@ -213,6 +225,16 @@ def flat(recipe: Recipe) -> dict[str, Any]:
 def semantic(recipe: Recipe) -> dict[str, Any]:
     """The options that decide the result of a run."""
     return {key: value for key, value in flat(recipe).items() if not key.startswith(HARDWARE)}
+
+
+def _wrong_allowances(names: list[str]) -> Iterator[tuple[str, str]]:
+    allowable = [*(key for key in options() if not key.startswith(HARDWARE)), *CONTENT]
+    for name in names:
+        if name in FIXED:
+            yield "resume.allow", f"got {name}, by which a checkpoint's tensors fit or do not: it cannot be allowed, choose another run.name"
+        elif name not in allowable:
+            free = name in options()
+            yield "resume.allow", f"got {name}, which " + ("may differ anyway; take it out" if free else f"is no part of a run{_nearest(name, allowable)}")
 
 
 def load(argv: list[str]) -> Recipe:
@@ -439,6 +461,7 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield f"data.{of}", f"has sources of one name, {', '.join(source.name for source in sources)}; give each a name of its own"
     if recipe.data.system is not None and recipe.data.template in ("alpaca", "plain"):
         yield "data.system", f"is given, but data.template={recipe.data.template} has no place for a system prompt; remove it or take a chat template"
+    yield from _wrong_allowances(recipe.resume.allow)
     if recipe.train.micro_batch > recipe.train.global_batch:
         yield "train.micro_batch", f"got {recipe.train.micro_batch}, expected at most train.global_batch = {recipe.train.global_batch}"
     if recipe.lora.rank and not recipe.lora.targets:

@@ -182,15 +182,17 @@ def check_same(facts: dict[str, Any], world: World) -> None:
                               f"{', '.join(map(str, others))}); expected the same everywhere: look at the files and options of their nodes", PEER)
 
 
-def check_replicas(tensors: dict[str, Tensor], world: World) -> None:
-    """Raises EngineError unless every rank holds the same bits in every tensor, as replicas must after each step.
+def bit_sums(tensors: dict[str, Tensor]) -> Tensor:
+    """One number a tensor: its elements' bits as whole numbers, summed modulo 2^64. One flipped bit changes it."""
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return torch.stack([tensor.detach().view(whole[tensor.itemsize]).sum(dtype=torch.int64) for tensor in tensors.values()])
 
-    What ranks exchange is one number a tensor: its elements' bits as whole numbers, summed modulo 2^64. One flipped bit changes it.
-    """
+
+def check_replicas(tensors: dict[str, Tensor], world: World) -> None:
+    """Raises EngineError unless every rank holds the same bits in every tensor, as replicas must after each step."""
     if world.size == 1:
         return
-    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    own = torch.stack([tensor.detach().view(whole[tensor.itemsize]).sum(dtype=torch.int64) for tensor in tensors.values()])
+    own = bit_sums(tensors)
     of_ranks = [torch.empty_like(own) for _ in range(world.size)]
     dist.all_gather(of_ranks, own)
     differs = (torch.stack(of_ranks) != of_ranks[0]).cpu()

@@ -139,6 +139,8 @@ def losses(rows: Dataset, step: Step, summed: list[float]) -> dict[str, float]:
     Args:
         summed: negative log-likelihoods by source.
     """
+    if not step.num_targets:  # no loss, and least of all 0
+        return {}
     found = {"train/loss": sum(summed) / step.num_targets}
     if len(summed) > 1:
         targets = np.bincount(rows.source[step.documents], weights=step.targets, minlength=len(summed))
@@ -196,15 +198,18 @@ class Log:
             self.say(f"before training: {_judgement(scalars)}")
             return
         self.bar.update(1)
+        if not scalars["train/targets"]:
+            print(f"WARNING step {step} has no target left, as data.skip names all its rows; nothing was updated", file=sys.stderr, flush=True)
         if step % self.every_steps == 0 or step == self.num_steps or "validation/loss" in scalars:
             self.say(self._line(step, scalars))
 
     def _line(self, step: int, scalars: dict[str, float]) -> str:
         left = (time.perf_counter() - self.began) / (step - self.done) * (self.num_steps - step)
         memory_mb = scalars.get("memory/peak_gpu_mb", scalars["memory/peak_rss_mb"])
-        skipped = "  skipped: overflow" if scalars.get("train/skipped") else ""
+        skipped = "  skipped: overflow" if scalars.get("train/skipped") and scalars["train/targets"] else ""
+        loss = f"loss {scalars['train/loss']:.4f}" if "train/loss" in scalars else "no loss"
         checked = f"  {_judgement(scalars)}" if "validation/loss" in scalars else ""
-        return (f"step {step:>{len(str(self.num_steps))}}/{self.num_steps}  loss {scalars['train/loss']:.4f}  lr {scalars['train/lr']:.2e}  "
+        return (f"step {step:>{len(str(self.num_steps))}}/{self.num_steps}  {loss}  lr {scalars['train/lr']:.2e}  "
                 f"norm {scalars['train/grad_norm']:.3f}  {scalars['train/tokens_per_s']:,.0f} tok/s  {memory_mb:,.0f} MB  eta {_clock(left)}{checked}{skipped}")
 
     def settle(self) -> None:

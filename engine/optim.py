@@ -68,17 +68,21 @@ SCHEDULES: dict[str, Callable[[float, float], float]] = {
 
 
 @torch.no_grad()
-def unscale_and_clip(parameters: Iterable[nn.Parameter], scale: float, clip_norm: float) -> float:
-    """Divides the gradients by the loss scale, shortens them to `clip_norm` if longer, and returns their norm before that.
+def gradient_norm(parameters: Iterable[nn.Parameter], scale: float) -> float:
+    """The norm of the gradients divided by the loss scale.
 
-    The norm is the same on all ranks, bit for bit, because the gradients are; it is not finite where any rank overflowed.
+    It is the same on all ranks, bit for bit, because the gradients are; it is not finite where any rank overflowed.
     """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, dtype=torch.float32)))) / scale
+    return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, dtype=torch.float32)))) / scale
+
+
+@torch.no_grad()
+def unscale_and_clip(parameters: Iterable[nn.Parameter], norm: float, scale: float, clip_norm: float) -> None:
+    """Divides the gradients, of that `norm`, by the loss scale, and shortens them to `clip_norm` if they are longer."""
     factor = 1 / scale * (min(1.0, clip_norm / (norm + 1e-6)) if clip_norm else 1.0)
-    if math.isfinite(norm) and factor != 1.0:
-        torch._foreach_mul_(grads, factor)
-    return norm
+    if factor != 1.0:
+        torch._foreach_mul_([parameter.grad for parameter in parameters if parameter.grad is not None], factor)
 
 
 def state(optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter], world: World) -> dict[str, Tensor]:

@@ -55,7 +55,8 @@ class Subject:
 
     def loss(self, documents: Iterable[int], fill_to: int = 0) -> Tensor:
         """Sum of the negative log-likelihoods of some documents' supervised tokens, float64."""
-        read = [self.rows.read(document) for document in documents]
+        skipped = self.rows.skipped
+        read = [tuple(part * (document not in skipped) for part in self.rows.read(document)) for document in documents]
         lengths = [len(ids) for ids, _ in read]
         if padding := max(fill_to - sum(lengths), 0):  # dropout draws its masks for a whole sequence
             read.append((np.zeros(padding, np.int64), np.zeros(padding, bool)))
@@ -90,7 +91,7 @@ def measure(own: Recipe, narrow: Recipe, wide: Recipe, steps: int, folder: Path)
     subject = build(cfg, base, world)
     losses, rounded = plain_steps(subject, steps, folder)
 
-    documents, began = some(subject.rows, subject.plan.step(0).documents), time.perf_counter()
+    documents, began = some(subject.rows, subject.plan.step(0).trained), time.perf_counter()
     types = precision.choose(own.train.precision, precision.DTYPES[own.model.dtype] if own.lora.used else None, world.device)
     path, _ = choose_attention(own.train.attention, world.device, types.arithmetic)
     off = packed_and_alone(subject, documents, path, folder)
@@ -112,7 +113,8 @@ def build(cfg: Recipe, base: hub.Base, world: World) -> Subject:
     tokenizer, keys = load_tokenizer(words), DropoutKeys(cfg.train.seed)
     rows = dataset.load(cfg.data, "train", tokenizer, cfg.train.seed)
     dataset.check_fit(rows, tokenizer, weights.read_config(base.folder), len(cfg.model.add_tokens))
-    plan = Plan(rows.lengths, rows.targets, cfg.data.max_length, cfg.train.global_batch, cfg.data.packing, cfg.data.shuffle, cfg.train.seed, cfg.train.epochs)
+    plan = Plan(rows.lengths, rows.targets, cfg.data.max_length, cfg.train.global_batch, cfg.data.packing, cfg.data.shuffle, cfg.train.seed, cfg.train.epochs,
+                rows.skipped)
     model = weights.build(base.folder, cfg.model.init, cfg.train.seed, precision.DTYPES[cfg.model.dtype], torch.float32, world.device,
                           cfg.train.activation_checkpointing, cfg.model.dropout, keys)
     if cfg.model.add_tokens:

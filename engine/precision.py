@@ -54,29 +54,34 @@ def _cpu_multiplies_bf16() -> bool:
 
 
 class LossScale:
-    """The factor on an fp16 loss: halved when a gradient overflows, doubled after `growth_interval` good steps.
+    """The factor on an fp16 loss: halved when a gradient overflows, down to 1, doubled after `growth_interval` good steps.
 
-    Every rank sees the same summed gradients and so moves its own copy alike. With bf16 and fp32 the factor is 1 for
-    ever and an overflow is an error. Method: Micikevicius et al. 2018, section 3.2.
+    A storm of overflows ends once it is 1, after as many steps that change nothing as it could be halved. Every rank sees the
+    same summed gradients and so moves its own copy alike. With bf16 and fp32 the factor is 1 for ever and an overflow is an
+    error. Method: Micikevicius et al. 2018, section 3.2.
     """
 
     def __init__(self, enabled: bool, first: float, growth_interval: int) -> None:
         self.enabled, self.growth_interval = enabled, growth_interval
         self.value, self.good_steps = (first if enabled else 1.0), 0
 
-    def update(self, finite: bool, step: int) -> None:
+    @property
+    def is_least(self) -> bool:
+        """Whether there is no scale left to lower."""
+        return not self.enabled or self.value <= 1.0
+
+    def update(self, finite: bool, step: int, advice: str = "Lower optim.lr, or look at the rows of this step") -> None:
         """After a step whose gradients were finite on all ranks, or not.
 
         Raises:
             EngineError: not finite and no scale left to lower.
         """
-        if not finite and (not self.enabled or self.value <= 1.0):
+        if not finite and self.is_least:
             raise EngineError("NUMERIC-NOT-FINITE", f"loss or gradient is not finite at step {step}"
-                              f"{' at loss scale 1' if self.enabled else ''}; nothing was updated. Lower optim.lr, or look at "
-                              "the rows of this step", NUMERIC)
+                              f"{' at loss scale 1' if self.enabled else ''}; nothing was updated. {advice}", NUMERIC)
         self.good_steps = self.good_steps + 1 if finite else 0
         if not finite:
-            self.value /= 2
+            self.value = max(1.0, self.value / 2)
         elif self.enabled and self.good_steps >= self.growth_interval:
             self.value, self.good_steps = self.value * 2, 0
 

@@ -18,7 +18,7 @@ def check(run: Path) -> None:
     Raises:
         EngineError: the run has ended with a fatal code, which is the error's, or restarts have not brought it to another checkpoint.
     """
-    note, newest = run / "restarts.json", max(checkpoint.steps_in(run / "checkpoints"), default=0)
+    note, newest = run / "restarts.json", checkpoint.newest(run / "checkpoints") or 0
     if not restarts_in_launch():
         note.unlink(missing_ok=True)
         return

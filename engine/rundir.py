@@ -24,6 +24,7 @@ from engine.errors import ENVIRONMENT, USER, EngineError, shown
 from engine.publish import fsync, published
 
 TESTED = {"torch": "2.13", "omegaconf": "2.4", "safetensors": "0.8"}  # by the first numbers of their versions
+BITS = ("cpu_capability", "threads_per_rank", "gpus", "cuda", "denormals", "fp32_products", "tf32")  # of `hardware`: what sums round by
 PACKAGES = ("torch", "numpy", "sentencepiece", "safetensors", "omegaconf", "tensorboard", "tokenizers")
 
 
@@ -71,14 +72,20 @@ def locked(path: Path, rank: int) -> Iterator[None]:
         yield
 
 
-def describe(path: Path, cfg: Recipe, facts: dict[str, Any]) -> None:
-    """Writes recipe.yaml, and run.json: versions, hardware, commit, command, and `facts` such as digests."""
+def describe(path: Path, cfg: Recipe, facts: dict[str, Any], start: int = 0) -> None:
+    """Writes recipe.yaml, and run.json: versions, hardware, commit, command, and `facts` such as digests.
+
+    One warning tells what decides the last bit of a sum and differs from the launch that is gone on with at step `start`.
+    """
     (path / "recipe.yaml").write_text(config.dump(cfg), encoding="utf-8")
     for package, tested in TESTED.items():
         if (found := _version(package)) and not found.startswith(f"{tested}."):
             print(f"WARNING {package} {found} is not what the tests run with, {tested}; constraints.txt has the versions", file=sys.stderr)
     record = {"command": list(map(shown, [Path(sys.argv[0]).name, *sys.argv[1:]])), "commit": commit(), "python": platform.python_version(),
               "versions": {name: _version(name) for name in PACKAGES}, "machine": hardware(), **facts}
+    if start and (changed := _other_bits(path / "run.json", record)):
+        print(f"WARNING {path}: going on with {'; '.join(changed)} (before → now): results are no longer those of one run to the bit",
+              file=sys.stderr, flush=True)
     (path / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
@@ -89,6 +96,16 @@ def program() -> dict[str, Any]:
         sources.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode() + path.read_bytes())
     return {"engine": sources.hexdigest(), "python": platform.python_version(), **{name: _version(name) for name in PACKAGES},
             "threads": torch.get_num_threads()}
+
+
+def _other_bits(path: Path, record: dict[str, Any]) -> list[str]:
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        pairs = {"torch": (before["versions"]["torch"], record["versions"]["torch"])}
+        pairs |= {name: (before["machine"].get(name), record["machine"][name]) for name in BITS}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return []
+    return [f"{name}: {one} → {other}" for name, (one, other) in pairs.items() if one != other]
 
 
 def commit_of_base(path: Path, name: str) -> str | None:
@@ -108,8 +125,10 @@ def finish(path: Path, results: dict[str, float]) -> None:
 
 def hardware() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    tiny = torch.tensor([1e-39])  # too small for a normal number
     return {"cpu": _cpu_name(), "cpu_capability": torch.backends.cpu.get_cpu_capability(), "cores": os.cpu_count(),
-            "threads_per_rank": torch.get_num_threads(), "gpus": gpus, "cuda": torch.version.cuda}
+            "threads_per_rank": torch.get_num_threads(), "gpus": gpus, "cuda": torch.version.cuda, "denormals": bool(tiny * 1 > 0),
+            "fp32_products": torch.get_float32_matmul_precision(), "tf32": torch.backends.cudnn.allow_tf32}
 
 
 def commit() -> str:

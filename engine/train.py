@@ -19,10 +19,10 @@ def main(argv: list[str]) -> int:
     # ---- Recipe: every mistake in it is told here, before torch takes its seconds to import -------------------------
     cfg = config.load(argv)
 
-    from engine import adapter, checkpoint, distributed, export, hub, metrics, optim, precision, report, rundir
+    from engine import adapter, blackbox, checkpoint, distributed, export, hub, metrics, optim, precision, report, rundir
     from engine.attention import PackedAttention
     from engine.attention import choose as choose_attention
-    from engine.data import added_tokens, chat_template, checks, dataset, ledger, loader, view
+    from engine.data import added_tokens, changes, chat_template, checks, dataset, ledger, loader, view
     from engine.data.plan import Plan
     from engine.data.tokenizer import load_tokenizer
     from engine.dropout import DropoutKeys
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
         if rank == 0:
             chat_template.check(source, cfg.data, tokenizer, rows.first_row())
         plan = Plan(rows.lengths, rows.targets, cfg.data.max_length, cfg.train.global_batch, cfg.data.packing,
-                    cfg.data.shuffle, cfg.train.seed, cfg.train.epochs)
+                    cfg.data.shuffle, cfg.train.seed, cfg.train.epochs, rows.skipped)
         num_steps = min(plan.num_steps, cfg.train.max_steps or plan.num_steps)
 
         # ---- Processes ----------------------------------------------------------------------------------------------
@@ -76,14 +76,14 @@ def main(argv: list[str]) -> int:
                     "weights": weights.identity(model, source, cfg.model.init),
                     "adapter": adapter.digest(Path(cfg.lora.start)) if cfg.lora.start else None}
         distributed.check_same({**identity, **rundir.program(), "data.validation": held_out and held_out.digest}, world)
-        start, best, counted = distributed.from_first(newest or 0, world), {"step": None, "loss": math.inf}, ledger.Counts()
+        start, best, counted, seen = distributed.from_first(newest or 0, world), {"step": None, "loss": math.inf}, ledger.Counts(), {}
         if start:
             saved = checkpoint.load(run / "checkpoints", start)
-            checkpoint.compare_identity(run / "checkpoints", saved.state["identity"], identity)
+            changed = checkpoint.compare_identity(run / "checkpoints", saved.state, identity, cfg.resume.allow, rows, world.is_first)
             weights.load_trained(trained, saved.model)
             optim.load_state(optimizer, trained, saved.optimizer)
-            scale.load(saved.state["scale"])
-            best, counted = saved.state["best"], ledger.Counts(*saved.state["trained"])
+            scale.load(scale.state() if "train.precision" in changed else saved.state["scale"])
+            best, counted, seen = saved.state["best"], ledger.go_on(plan, start, saved.state, changed), saved.state["losses"]
 
         # ---- What will happen, in words and as an equation ----------------------------------------------------------
         flops, (peak, peak_source) = metrics.Flops(model), metrics.peak_flops(device)
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> int:
         log = metrics.Log(run, start, num_steps, cfg.log.every_steps, cfg.log.tensorboard, speaks=world.is_first)
         if world.is_first:
             checkpoint.prepare(run / "checkpoints", start, trained, cfg, num_steps, plan.steps_per_epoch)
-            rundir.describe(run, cfg, {"base": {"name": cfg.model.path, "commit": base.commit}, **facts, **identity})
+            rundir.describe(run, cfg, {"base": {"name": cfg.model.path, "commit": base.commit}, **facts, **identity}, start)
             ledger.write(run, rows, held_out, plan, start, counted)
         log.say(report.equation(run, cfg, base, plan, rows, num_steps, start, world.size, facts))
         log.text("recipe", f"```\n{config.dump(cfg)}```", 0)
@@ -112,6 +112,7 @@ def main(argv: list[str]) -> int:
                 return summed_cross_entropy(hidden[batch.at], model.lm_head.weight, batch.targets, batch.sources, by_source)
 
         distributed.settle(ddp_model, lambda: forward(loader.empty(device), 0))
+        boxes = blackbox.Recorder(run, cfg, world, rows, tokenizer, trained, scale, ddp_model, forward, seen)
 
         # ---- Loop ---------------------------------------------------------------------------------------------------
         watch, judged = metrics.Stopwatch(device), None
@@ -127,24 +128,25 @@ def main(argv: list[str]) -> int:
                 with distributed.sync_if(ddp_model, batch is batches[-1]):
                     loss = forward(batch, number, losses)
                     watch.lap("forward")
-                    (loss * (scale.value * world.size / step.num_targets)).backward()
+                    (loss * (scale.value * world.size / (step.num_targets or 1))).backward()
                     watch.lap("backward")
 
             # Ranks agree on the losses, on having trained every document of the step once, on whether to stop and whether to save.
             *losses, asked, timed, documents, numbers, tokens, targets = distributed.sum_over_ranks(
                 [*losses.tolist(), stop.asked, saver.is_due(), *ledger.Counts.of(batches)], world)
             counted += ledger.as_planned(step, (documents, numbers, tokens, targets))
-            norm = optim.unscale_and_clip(trained.values(), scale.value, cfg.optim.clip_norm)
-            finite = math.isfinite(sum(losses)) and math.isfinite(norm)
-            used_scale = scale.value
-            scale.update(finite, number + 1)  # raises unless a skipped step can help
-            if finite:
+            norm = optim.gradient_norm(trained.values(), scale.value)
+            finite, used_scale = math.isfinite(sum(losses)) and math.isfinite(norm), scale.value
+            noted, advice = boxes.look(step, batches, losses, norm, finite)
+            scale.update(finite, number + 1, advice)  # raises unless a skipped step can help
+            if finite and step.num_targets:  # data.skip can leave none
+                optim.unscale_and_clip(trained.values(), norm, used_scale, cfg.optim.clip_norm)
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             watch.lap("optimizer")
 
             done, times = number + 1, watch.read()
-            scalars = {"train/lr": lr, "train/grad_norm": norm, "train/loss_scale": used_scale, "train/skipped": int(not finite),
+            scalars = {"train/lr": lr, "train/grad_norm": norm, "train/loss_scale": used_scale, **noted,
                        "train/epoch": done / plan.steps_per_epoch, **metrics.of_step(rows, step, losses, times, flops, peak * world.size, device)}
 
             # Evaluate, copy, log, save: each at its period, at ends of epochs, and at the end or a request to stop.
@@ -156,7 +158,8 @@ def main(argv: list[str]) -> int:
             if leaving or timed or due(cfg.checkpoint, done, step):
                 if judged and judged.loss < best["loss"]:
                     best = {"step": done, "loss": judged.loss}
-                state = {"identity": identity, "scale": scale.state(), "best": best, "trained": counted}
+                state = {"identity": identity, "scale": scale.state(), "best": best, "trained": counted,
+                         "skips": plan.skips, "files": changes.table(rows), "losses": boxes.state()}
                 scalars["time/checkpoint"] = saver.take(done, trained, optimizer, state, world)
             log.step(done, scalars)
             saver.write(leaving, log.settle, partial(ledger.write, run, rows, held_out, plan, done, counted))  # in the background

@@ -17,11 +17,11 @@ FLOORS = [
     {"models", "lora", "data"},
     {"metrics", "optim", "checkpoint", "sampling", "gguf_in", "adapter"},
     {"gguf_out", "restarts"},
-    {"evaluate", "export", "rundir", "saver"},
+    {"evaluate", "export", "rundir", "saver", "blackbox"},
     {"report"},
     {"plain"},
     {"train", "generate", "convert", "audit", "bench", "launch"},
-    {"verify"},  # it runs train
+    {"verify", "replay"},  # they run train
 ]
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 

@@ -60,7 +60,8 @@ def test_gradients_are_unscaled_and_shortened_as_torch_does(clip, scale):
     for one, other in zip(ours, theirs, strict=True):
         other.grad = torch.randn(other.shape)
         one.grad = other.grad * scale
-    norm = optim.unscale_and_clip(ours, scale, clip)
+    norm = optim.gradient_norm(ours, scale)
+    optim.unscale_and_clip(ours, norm, scale, clip)
     expected = nn.utils.clip_grad_norm_(theirs, clip or math.inf)
     assert norm == pytest.approx(expected.item(), rel=1e-6)
     for one, other in zip(ours, theirs, strict=True):
@@ -71,14 +72,14 @@ def test_gradients_are_unscaled_and_shortened_as_torch_does(clip, scale):
 def test_the_norm_tells_of_a_gradient_that_is_not_finite(bad):
     parameter = nn.Parameter(torch.zeros(3))
     parameter.grad = torch.tensor([1.0, bad, 2.0])
-    assert not math.isfinite(optim.unscale_and_clip([parameter], 2.0, 1.0))
+    assert not math.isfinite(optim.gradient_norm([parameter], 2.0))
 
 
 def test_the_norm_of_bf16_gradients_is_not_rounded_to_bf16():
     parameter = nn.Parameter(torch.zeros(1000, dtype=torch.bfloat16))
     parameter.grad = torch.randn(1000, generator=torch.Generator().manual_seed(0)).bfloat16()
     expected = float(parameter.grad.double().norm())
-    assert optim.unscale_and_clip([parameter, parameter], 1.0, 0.0) == pytest.approx(math.sqrt(2) * expected, rel=1e-6)
+    assert optim.gradient_norm([parameter, parameter], 1.0) == pytest.approx(math.sqrt(2) * expected, rel=1e-6)
 
 
 # ---- AdamW in bf16 with stochastic rounding ------------------------------------------------------------------------

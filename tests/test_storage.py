@@ -363,7 +363,7 @@ def test_a_manifest_without_end_is_damage(tmp_path):
     elsewhere = {**plain, "files": {f"../step-000000020/{name}": value for name, value in plain["files"].items()}}
     more = {**plain, "files": {**plain["files"], "/etc/passwd": {"bytes": 1, "sha256": ""}}}
     for text in ("[" * 100_000, "[]", "0", '"files"', "null", "NaN", *(checkpoint._sealed(made) for made in (elsewhere, more, {**plain, "step": "30"},
-                 {**plain, "format": 2}, {**plain, "files": list(FILES)}, {**plain, "files": dict.fromkeys(FILES)}, {}))):
+                 {**plain, "format": 0}, {**plain, "files": list(FILES)}, {**plain, "files": dict.fromkeys(FILES)}, {}))):
         path.write_text(text)
         with contextlib.redirect_stderr(io.StringIO()):
             assert checkpoint.newest_whole(tmp_path) == 20, text[:200]

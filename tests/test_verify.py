@@ -47,7 +47,7 @@ def test_holds_on_the_engine(verified, options):
 
 
 def mean_of_means():
-    edited(train, "scale.value * world.size / step.num_targets", "scale.value / max(1, len(batch.targets)) / len(batches)")
+    edited(train, "scale.value * world.size / (step.num_targets or 1)", "scale.value / max(1, len(batch.targets)) / len(batches)")
 
 
 def never_exchanged():

@@ -8,7 +8,7 @@ documents, the ledger knows rows.
 import hashlib
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -44,6 +44,7 @@ class Dataset:
     fates, times    (R,) what max_length made of each row, and how often it occurs in an epoch
     row, start, lengths, targets, source    (D,) each document's row, its first token there, its tokens, those that are learnt, its source
     digest          of all that decides the documents
+    skip            rows that are not trained, although they are among the documents
     """
 
     files: list[File]
@@ -59,6 +60,12 @@ class Dataset:
     source: np.ndarray
     max_length: int
     digest: str
+    skip: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    @property
+    def skipped(self) -> np.ndarray:
+        """Documents of rows that are not trained."""
+        return np.flatnonzero(np.isin(self.row, self.skip))
 
     def __len__(self) -> int:
         return len(self.row)
@@ -92,6 +99,7 @@ class Dataset:
                  for count, source, share in zip(counts, self.sources, shares, strict=True)]
         fates = {"truncated": TRUNCATED, "split": SPLIT, "too long": TOO_LONG, "without a supervised token": SILENT}
         found = {name: int((self.fates == fate).sum()) for name, fate in fates.items()} | {"unreadable": sum(file.rejected for file in self.files)}
+        found["skipped"] = len(self.skip)
         return "; ".join(parts) + "".join(f", {count:,} {name}" for name, count in found.items() if count)
 
     def first_row(self) -> Row | None:
@@ -151,7 +159,31 @@ def load(cfg: Data, of: str, tokenizer: Tokenizer, seed: int = 0, strict: bool =
     rows, tasks = _rows(files)
     found = _documents(files, sources, rows, tasks, cfg, of, seed, strict)
     how = [contents, [[source.repeat, source.weight] for source in sources], cfg.max_length, cfg.too_long, seed if any(s.weight for s in sources) else None]
-    return replace(found, digest=hashlib.sha256(json.dumps(how).encode()).hexdigest())
+    skip = _named(found, cfg.skip) if of == "train" else found.skip
+    return replace(found, digest=hashlib.sha256(json.dumps(how).encode()).hexdigest(), skip=skip)
+
+
+def _named(dataset: Dataset, ids: list[str]) -> np.ndarray:
+    """Rows that are called path:line, each once.
+
+    Raises:
+        EngineError: an id calls none that is trained on, or the lines of a file hold more rows than one.
+    """
+    found: list[int] = []
+    for one in ids:
+        path, _, line = one.rpartition(":")
+        first, rows = 0, []
+        for file in dataset.files:
+            if line.isdecimal() and (str(file.path) == path or file.path.resolve() == Path(path).resolve()):
+                mine = first + np.flatnonzero(dataset.rows["line"][first : first + file.kept] == int(line))
+                if len(mine) > 1:
+                    raise EngineError("DATA-SKIP", f"data.skip: {one} calls {len(mine)} rows of one line; give each record of {file.path} a line of its own")
+                rows += [row for row in mine.tolist() if dataset.times[row]]
+            first += file.kept
+        if not rows:
+            raise EngineError("DATA-SKIP", f"data.skip: {one} is no row that data.train would train on; expected path:line, as black boxes name them")
+        found += rows
+    return np.unique(np.asarray(found, np.int64))
 
 
 def _warn_of_repeated_files(files: list[File]) -> None:

@@ -5,7 +5,7 @@ Sums are taken twice over: by file, from what the reader counted, and by documen
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ class Counts(NamedTuple):
     @classmethod
     def planned(cls, step: Step) -> "Counts":
         """What all ranks together train in a step."""
-        return cls(len(step.documents), int((step.documents + 1).sum()), step.num_tokens, step.num_targets)
+        return cls(len(step.trained), int((step.trained + 1).sum()), step.num_tokens, step.num_targets)
 
     def __add__(self, other: Iterable[float]) -> "Counts":
         return Counts(*(one + round(another) for one, another in zip(self, other, strict=True)))
@@ -50,6 +50,21 @@ def as_planned(step: Step, counts: Iterable[float]) -> Counts:
     if found != planned:
         raise EngineError("LEDGER-STEP", f"step {step.number} trained {found}, planned {planned}; this is a bug, nothing was updated", BUG)
     return found
+
+
+PLANNED = {"data", "data.packing", "data.shuffle", "train.seed", "train.global_batch"}  # parts of a run that decide its plan
+
+
+def go_on(plan: Plan, start: int, state: dict[str, Any], changed: Collection[str]) -> Counts:
+    """What was counted before `start`, and the plan told what it skipped; from nothing where steps before were of another plan.
+
+    Args:
+        state: a checkpoint's.
+        changed: the parts in which its run differs from this one.
+    """
+    same = not PLANNED & set(changed)
+    plan.go_on(start, state["skips"] if same else None)
+    return Counts(*state["trained"]) if same else Counts()
 
 
 FATES = {TRUNCATED: "truncated", SPLIT: "split", TOO_LONG: "too_long", SILENT: "no_target_left"}
@@ -74,10 +89,13 @@ def account(dataset: Dataset, times: np.ndarray | None = None) -> dict[str, Any]
                  "records": file.index["records"], "rejected": file.rejected, "rows": file.kept, "kept": int(np.isin(fates, KEPT).sum()),
                  **{name: int((fates == fate).sum()) for fate, name in FATES.items()}}
         if row_times is not None:
-            entry["trained"] = {str(k): count for k, count in sorted(Counter(row_times[rows][np.isin(fates, KEPT)].tolist()).items())}
+            skipped = np.isin(np.arange(first - file.kept, first), dataset.skip)
+            for name, those in (("trained", ~skipped), *([("skipped", skipped)] if skipped.any() else [])):  # rows by how often they were trained
+                entry[name] = {str(k): count for k, count in sorted(Counter(row_times[rows][np.isin(fates, KEPT) & those].tolist()).items())}
         _balance(entry, file.index["records"] == file.rejected + file.kept, "records = rejected + rows")
         _balance(entry, entry["rows"] == entry["kept"] + entry["too_long"] + entry["no_target_left"], "rows = kept + too_long + no_target_left")
-        _balance(entry, sum(entry.get("trained", {"": entry["kept"]}).values()) == entry["kept"], "kept = Σ trained")
+        told = [*entry.get("trained", {"": entry["kept"]}).values(), *entry.get("skipped", {}).values()]
+        _balance(entry, sum(told) == entry["kept"], "kept = Σ trained + Σ skipped")
         files.append(entry)
     found = {"digest": dataset.digest, "files": files, "documents": len(dataset)}
     if times is not None:
@@ -115,6 +133,7 @@ def left_out(*datasets: Dataset | None) -> Iterator[dict[str, str]]:
         for file in dataset.files:
             for line, column, reason in file.rejects():
                 yield {"row": f"{file.path}:{line}" + (f":{column}" if column else ""), "fate": "rejected", "reason": reason}
+        yield from ({"row": dataset.where(row), "fate": "skipped", "reason": "skipped by data.skip"} for row in dataset.skip.tolist())
         for row in np.flatnonzero(~np.isin(dataset.fates, KEPT)).tolist():
             yield {"row": dataset.where(row), "fate": FATES[int(dataset.fates[row])], "reason": dataset.reason_left_out(row)}
 

@@ -8,7 +8,7 @@ sequence of mere padding would cost as much time as a real one, and sizes below 
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -33,7 +33,7 @@ class MicroBatch:
     sources         (n,)  which source each target's document is from
     documents             tokens of each document, in order
     places, lengths       each sequence's place in the global batch and its tokens, padding included
-    trained, num_tokens   which documents of the dataset these are, and their tokens, both without padding
+    trained, num_tokens   which documents of the dataset these are, and their tokens, both without padding and what is skipped
     """
 
     ids: Tensor
@@ -99,27 +99,33 @@ def micro_batches(step: Step, dataset: Dataset, places: Sequence[int], micro_bat
     target, so that it takes part in the exchange of gradients and adds zero.
     """
     groups = [places[start : start + micro_batch] for start in range(0, len(places), micro_batch)]
-    return [collate(dataset, [step.sequences[place] for place in group], group, CPU, step.fill_to) for group in groups] or [empty(CPU)]
+    skipped = frozenset(step.documents[step.lengths == 0].tolist())
+    return [collate(dataset, [step.sequences[place] for place in group], group, CPU, step.fill_to, skipped) for group in groups] or [empty(CPU)]
 
 
-def collate(dataset: Dataset, sequences: Sequence[np.ndarray], places: Sequence[int], device: torch.device, fill_to: int = 0) -> MicroBatch:
-    """`sequences` of documents as one micro-batch, each filled up to `fill_to` tokens with padding where it is shorter."""
+def collate(dataset: Dataset, sequences: Sequence[np.ndarray], places: Sequence[int], device: torch.device, fill_to: int = 0,
+            skipped: Collection[int] = ()) -> MicroBatch:
+    """`sequences` of documents as one micro-batch, each filled up to `fill_to` tokens with padding where it is shorter.
+
+    Of `skipped` documents nothing is left but padding of their length, so that dropout meets all others as it did before.
+    """
     ids, supervised, sources, lengths, num_tokens = [], [], [], [], 0
     for sequence in sequences:
         first = len(ids)
         for document in sequence:
             row, mask = dataset.read(document)
-            ids.append(row)
-            supervised.append(mask)
+            there = int(document) not in skipped
+            ids.append(row * there)
+            supervised.append(mask & there)
             sources.append(dataset.source[document])
+            num_tokens += len(row) * there
         lengths.append(sum(map(len, ids[first:])))
-        num_tokens += lengths[-1]
         if padding := max(fill_to - lengths[-1], 0):
             ids.append(np.zeros(padding, dtype=np.int64))
             supervised.append(np.zeros(padding, dtype=bool))
             sources.append(0)
             lengths[-1] = fill_to
-    documents, tokens = np.asarray([len(document) for document in ids]), np.concatenate(ids)
+    documents, tokens, whole = np.asarray([len(document) for document in ids]), np.concatenate(ids), np.concatenate(sequences)
     positions = np.arange(len(tokens)) - np.repeat(np.cumsum(documents) - documents, documents)
     at = np.flatnonzero(np.concatenate(supervised)[1:] & (positions[1:] > 0))  # token i + 1 is predicted at i, never across documents
 
@@ -127,7 +133,7 @@ def collate(dataset: Dataset, sequences: Sequence[np.ndarray], places: Sequence[
         return torch.from_numpy(array.astype(np.int64)).to(device)
 
     return MicroBatch(tensor(tokens), tensor(positions), tensor(at), tensor(tokens[at + 1]), tensor(np.repeat(sources, documents)[at + 1]),
-                      documents.tolist(), list(places), lengths, np.concatenate(sequences), num_tokens)
+                      documents.tolist(), list(places), lengths, whole[~np.isin(whole, list(skipped))], num_tokens)
 
 
 def empty(device: torch.device) -> MicroBatch:

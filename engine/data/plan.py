@@ -10,8 +10,9 @@ anew to its slots in every epoch. Both this and the order of the sequences are p
 any step of any epoch is found at once and no epoch is ever laid out in memory.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,7 @@ class Step:
     """`sequences[i]` holds the documents of the i-th sequence; lengths and targets are those of all of them, in order.
 
     num_tokens, num_targets   tokens of the step, and how many of them are supervised
-    lengths, targets          tokens and supervised tokens of each document
+    lengths, targets          tokens and supervised tokens of each document; 0 of one that is skipped: padding stands in its place
     fill_to                   tokens that a sequence is filled up to with padding, which counts nowhere; 0: it stays as it is
     """
 
@@ -47,22 +48,32 @@ class Step:
     def documents(self) -> np.ndarray:
         return np.concatenate(self.sequences)
 
+    @property
+    def trained(self) -> np.ndarray:
+        """The documents without those that are skipped."""
+        return self.documents[self.lengths > 0]
+
 
 class Plan:
     """The steps of all epochs.
+
+    `skips`: (step, documents that are skipped from it on), one after the other. Nothing but the step at which it begins to be
+    skipped says that of a document: no other document's place depends on it.
 
     Args:
         lengths: tokens of each document, at least 1 and at most `max_length`.
         targets: supervised tokens of each document.
         max_length: tokens a sequence may hold.
         shuffle: new order each epoch; else the file's order, where packing fills sequences in passing.
+        skipped: documents that are not trained.
     """
 
     def __init__(self, lengths: np.ndarray, targets: np.ndarray, max_length: int, global_batch: int, packing: bool, shuffle: bool,
-                 seed: int, epochs: int) -> None:
+                 seed: int, epochs: int, skipped: Iterable[int] = ()) -> None:
         assert len(lengths) and lengths.min() >= 1 and lengths.max() <= max_length, "documents of 1 to max_length tokens"
         self.lengths, self.targets, self.max_length = lengths, targets, max_length
         self.global_batch, self.packing, self.shuffle, self.seed, self.epochs = global_batch, packing, shuffle, seed, epochs
+        self.skips: list[tuple[int, list[int]]] = [(0, list(map(int, skipped)))]
         self.by_length = None  # documents, shortest first: where a slot of a length finds its own
         if packing and shuffle:
             self.counts = np.bincount(lengths, minlength=max_length + 1)
@@ -81,12 +92,30 @@ class Plan:
     def step(self, number: int) -> Step:
         epoch, place = divmod(number, self.steps_per_epoch)
         documents, sizes = self._deal(epoch, place * self.global_batch, (place + 1) * self.global_batch)
-        lengths, targets = self.lengths[documents].astype(np.int64), self.targets[documents]
+        there = ~np.isin(documents, next(skipped for first, skipped in reversed(self.skips) if first <= number))
+        lengths, targets = self.lengths[documents].astype(np.int64) * there, self.targets[documents] * there
         return Step(number, epoch, place == self.steps_per_epoch - 1, np.split(documents, np.cumsum(sizes)[:-1]),
                     int(lengths.sum()), int(targets.sum()), lengths, targets, self.max_length if self.packing else 0)
 
+    def go_on(self, start: int, before: Sequence[Sequence[Any]] | None) -> None:
+        """From step `start` on, after the `skips` of the steps before it; None: those were steps of another plan."""
+        now = self.skips[-1][1]
+        self.skips = [(first, skipped) for first, skipped in before or ()]
+        if not self.skips or self.skips[-1][1] != now:
+            self.skips.append((start, now))
+
     def times_trained(self, steps: int) -> np.ndarray:
-        """How often each document has been trained once `steps` steps are done."""
+        """How often each document has been trained once `steps` steps are done; not by steps of another plan, see `go_on`."""
+        times = self._times_met(steps)
+        if began := self.skips[0][0]:
+            times -= self._times_met(began)
+        for (first, skipped), end in zip(self.skips, [*(first for first, _ in self.skips[1:]), steps], strict=True):
+            if skipped and first < steps:
+                times[skipped] -= (self._times_met(min(end, steps)) - self._times_met(first))[skipped]
+        return times
+
+    def _times_met(self, steps: int) -> np.ndarray:
+        """How often each document has been in a step, skipped or not."""
         epochs, rest = divmod(steps, self.steps_per_epoch)
         times = np.full(len(self.lengths), epochs, dtype=np.int64)
         for place in range(0, rest * self.global_batch, MANY):

@@ -6,6 +6,7 @@ A folder is `config.json` with `model.safetensors`, or with shards and their `mo
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,6 +54,8 @@ def build(folder: Path, init: str, seed: int, dtype: torch.dtype, arithmetic: to
         tensors = read_folder(folder, {name: tensor.shape for name, tensor in model.state_dict().items()},
                               {"lm_head.weight"} if config.tie_word_embeddings else set(), dtype, device)
     for name, tensor in tensors:
+        if not all(map(math.isfinite, torch.aminmax(tensor))):
+            raise EngineError("MODEL-NOT-FINITE", f"{folder}: {name} holds NaN or an infinity, expected numbers; fetch or convert the weights again")
         owner = model.get_submodule(name.rpartition(".")[0])
         owner._parameters[name.rpartition(".")[2]] = nn.Parameter(tensor)
     if config.tie_word_embeddings:
@@ -186,9 +189,10 @@ def load_trained(trained: dict[str, nn.Parameter], saved: dict[str, Tensor]) -> 
     Raises:
         EngineError: names or shapes differ; nothing was copied.
     """
-    wrong = [name for name in trained.keys() | saved.keys() if name not in trained or name not in saved or trained[name].shape != saved[name].shape]
-    if wrong:
-        raise EngineError("CHECKPOINT-WEIGHTS", f"the checkpoint's trained weights are not the model's: {', '.join(sorted(wrong)[:5])}", CHECKPOINT)
+    own, theirs = ({name: f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}" for name, tensor in one.items()} for one in (trained, saved))
+    if wrong := [name for name in sorted(own.keys() | theirs.keys()) if own.get(name) != theirs.get(name)]:
+        told = "; ".join(f"{name}: expected {own.get(name, 'nothing')}, found {theirs.get(name, 'nothing')}" for name in wrong[:5])
+        raise EngineError("CHECKPOINT-WEIGHTS", f"the checkpoint's trained weights are not the model's: {told}", CHECKPOINT)
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(saved[name])
