@@ -21,7 +21,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engine import space, tensorfile
+from engine import space, tensorfile, watchdog
 from engine.config import Recipe
 from engine.errors import CHECKPOINT, ENVIRONMENT, SECURITY, EngineError
 from engine.publish import fsync, remove
@@ -57,6 +57,7 @@ def prepare(folder: Path, start: int, trained: dict[str, Tensor], cfg: Recipe, n
     space.check(folder, count, space.of_checkpoint(trained.values()))
 
 
+@watchdog.phase("saving a checkpoint")
 def save(folder: Path, step: int, snapshot: Snapshot, keep: int, best: int | None) -> Path:
     """Publishes a checkpoint of `step` finished steps under `folder`, then removes all but the `keep` newest and `best`."""
     target = folder / f"step-{step:09d}"

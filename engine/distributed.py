@@ -6,8 +6,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -18,12 +18,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from engine import errors
+from engine import errors, watchdog
 from engine.errors import ENVIRONMENT, PEER, EngineError
+from engine.watchdog import Watchdog
 
 # Wrapped models live until the process ends. The last reference to one takes the gloo group down with the interpreter's
 # lock held, and waits for a thread that may want this lock to let go of its tensors: the rank would hang at the very end.
 _WRAPPED: list[nn.Module] = []
+
+# Ranks meet, and wait in an exchange, for so many times `timeout_s`. Before that the watchdog has told who is late; this is for
+# what it cannot see, such as a network that loses an exchange that all have begun.
+PATIENCE = 5
+
+_watchdogs: list[Watchdog] = []  # this rank's, while it is in a group
 
 
 @dataclass(frozen=True)
@@ -63,18 +70,66 @@ def init(device: str, timeout_s: float) -> World:
         # from step to step; this many are those of a few micro-batches.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     if size > 1:
-        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(seconds=timeout_s),
-                                device_id=where if on_cuda else None)
+        store = _meet(rank, size, timeout_s)
+        dist.init_process_group("nccl" if on_cuda else "gloo", store=store, rank=rank, world_size=size,
+                                timeout=timedelta(seconds=PATIENCE * timeout_s), device_id=where if on_cuda else None)
+        _watchdogs[-1].start()
     return World(rank, size, local_rank, where)
 
 
+def _meet(rank: int, size: int, timeout_s: float) -> dist.Store:
+    """The group's store once every rank has come to it: on rank 0, or in torchrun where that started the ranks."""
+    address, port, patience = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), PATIENCE * timeout_s
+    by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    place = f"MASTER_ADDR={address} MASTER_PORT={port}"
+    try:
+        store = dist.TCPStore(address, port, size, rank == 0 and not by_launcher, timedelta(seconds=patience), wait_for_workers=False)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" in str(error):
+            raise EngineError("ENVIRONMENT-PORT", f"{place}: another program listens there; set another port, the same on all ranks", ENVIRONMENT) from error
+        raise EngineError("PEER-MISSING", f"{place}: rank 0 does not answer there for {patience:g} s; expected it to be started, and its node to be "
+                          "reached", PEER) from error
+    own = Watchdog(dist.PrefixStore("watchdog", store.clone()), rank, size, None if by_launcher else 0, timeout_s)
+    end, pause = time.monotonic() + patience, 0.005
+    while missing := [other for other in own.others if not own.store.check([own.key(other)])]:
+        if time.monotonic() > end:
+            raise EngineError("PEER-MISSING", f"{place}: rank {', '.join(map(str, missing))} of {size} did not come within {patience:g} s, {PATIENCE} × "
+                              "train.timeout_s; look at what became of it, or raise train.timeout_s", PEER)
+        time.sleep(pause := min(1.5 * pause, 0.5))
+    _watchdogs.append(own)
+    return dist.PrefixStore("group", store)
+
+
+@contextmanager
+def losses_told() -> Iterator[None]:
+    """Makes the loss of a peer, wherever the block finds out, an EngineError that names it; tells the peers of every other failure in the block."""
+    try:
+        yield
+    except BaseException as error:
+        own = _watchdogs[-1] if _watchdogs else None
+        if not isinstance(error, dist.DistError) and not (isinstance(error, RuntimeError) and "gloo" in str(error)):
+            if own:
+                own.leave(_first_line(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {_first_line(error)}", cause=True)
+            raise
+        if own is None:
+            raise EngineError("PEER-LOST", f"rank {errors.rank_in_launch()} lost the others before they had met: {_first_line(error)}", PEER) from error
+        raise own.lost(_first_line(error)) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def close(world: World) -> None:
-    """Leaves the group once all ranks are here, so that none is gone while another still works."""
+    """Leaves the group once all ranks are here, so that none is gone while another still works, which may be long: rank 0 exports."""
     if world.size > 1:
-        dist.barrier()
+        with watchdog.exchange():
+            dist.barrier(timeout=timedelta(days=7))
+        _watchdogs.pop().stop()
         dist.destroy_process_group()
 
 
+@watchdog.exchange()
 def wrap(model: nn.Module, world: World) -> nn.Module:
     """`model` in DistributedDataParallel, so that backward sums gradients over ranks; `model` itself in a world of one."""
     if world.size == 1:
@@ -85,6 +140,7 @@ def wrap(model: nn.Module, world: World) -> nn.Module:
     return wrapped
 
 
+@watchdog.exchange()
 def settle(ddp_model: nn.Module, zero_loss: Callable[[], Tensor]) -> None:
     """Runs one backward that adds nothing, so that DDP lays out its gradient buckets before the first real step.
 
@@ -98,21 +154,22 @@ def settle(ddp_model: nn.Module, zero_loss: Callable[[], Tensor]) -> None:
 
 def sync_if(ddp_model: nn.Module, last: bool) -> AbstractContextManager:
     """Gradients are exchanged in the backward of a step's last micro-batch only."""
-    return nullcontext() if last or not isinstance(ddp_model, DistributedDataParallel) else ddp_model.no_sync()
+    if not isinstance(ddp_model, DistributedDataParallel):
+        return nullcontext()
+    return watchdog.exchange() if last else ddp_model.no_sync()
 
 
+@watchdog.exchange()
 def sum_over_ranks(values: list[float], world: World) -> list[float]:
     """Element-wise sum over all ranks, in float64, on every rank alike."""
     if world.size == 1:
         return list(values)
     total = torch.tensor(values, dtype=torch.float64, device=world.device)
-    try:
-        dist.all_reduce(total)
-    except RuntimeError as error:
-        raise EngineError("PEER-LOST", f"rank {world.rank} lost the others: {str(error).splitlines()[0]}", PEER) from error
+    dist.all_reduce(total)
     return total.tolist()
 
 
+@watchdog.exchange()
 def from_first(number: int, world: World) -> int:
     """Rank 0's whole number, on every rank."""
     if world.size == 1:
@@ -122,6 +179,7 @@ def from_first(number: int, world: World) -> int:
     return int(shared.item())
 
 
+@watchdog.exchange()
 def gather_text(text: str, world: World) -> list[str]:
     """Every rank's text, by rank, on every rank. As bytes in tensors: torch's object collectives would unpickle."""
     if world.size == 1:
@@ -146,6 +204,7 @@ def check_same(facts: dict[str, Any], world: World) -> None:
                               f"{', '.join(map(str, others))}); expected the same everywhere: look at the files and options of their nodes", PEER)
 
 
+@watchdog.exchange()
 def check_replicas(tensors: dict[str, Tensor], world: World) -> None:
     """Raises EngineError unless every rank holds the same bits in every tensor, as replicas must after each step.
 
@@ -215,9 +274,12 @@ def shard(groups: list[dict[str, Any]], make: Callable[[list[dict[str, Any]]], t
     """
     from torch.distributed.optim import ZeroRedundancyOptimizer  # takes a second to import, and few runs shard
 
-    return ZeroRedundancyOptimizer(groups, optimizer_class=make)
+    optimizer = ZeroRedundancyOptimizer(groups, optimizer_class=make)
+    optimizer.step = watchdog.exchange()(optimizer.step)
+    return optimizer
 
 
+@watchdog.exchange()
 def gather_tensors(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:
     """All ranks' named tensors on rank 0, on the CPU; nothing on the others. One at a time crosses, as raw numbers.
 

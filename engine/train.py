@@ -12,11 +12,12 @@ import math
 from pathlib import Path
 
 from engine import config, errors
+from engine.signals import StopRequest
 
 
 def main(argv: list[str]) -> int:
     # ---- Recipe: every mistake in it is told here, before torch takes its seconds to import -------------------------
-    cfg = config.load(argv)
+    cfg, stop = config.load(argv), StopRequest()
 
     from engine import adapter, checkpoint, distributed, export, hub, metrics, optim, precision, report, rundir
     from engine.attention import PackedAttention
@@ -28,11 +29,11 @@ def main(argv: list[str]) -> int:
     from engine.evaluate import Evaluation
     from engine.loss import summed_cross_entropy
     from engine.models import weights
-    from engine.signals import StopRequest
+    from engine.stragglers import Stragglers
 
     # ---- Run directory: a finished one is left alone, an unfinished one goes on from its newest whole checkpoint ----
     run, rank = rundir.choose(cfg), errors.rank_in_launch()
-    with rundir.locked(run, rank), errors.recorded(run / "last_error.json", rank):
+    with stop, rundir.locked(run, rank), errors.recorded(run / "last_error.json", rank), distributed.losses_told():
         newest = checkpoint.newest_whole(run / "checkpoints") if rank == 0 else None
 
         # ---- Data: tokenised, packed and checked before ranks wait for each other -----------------------------------
@@ -50,7 +51,8 @@ def main(argv: list[str]) -> int:
 
         # ---- Processes ----------------------------------------------------------------------------------------------
         world = distributed.init(cfg.train.device, cfg.train.timeout_s)
-        device, stop = world.device, StopRequest()
+        device = world.device
+        stop.ranks_agree()
         base.check_same(distributed.gather_text(base.commit or "", world))
 
         # ---- Model: trained weights are fp32 unless the optimizer takes bf16, frozen ones as the recipe says --------
@@ -112,7 +114,7 @@ def main(argv: list[str]) -> int:
         distributed.settle(ddp_model, lambda: forward(loader.empty(device), 0))
 
         # ---- Loop ---------------------------------------------------------------------------------------------------
-        watch, judged = metrics.Stopwatch(device), None
+        watch, stragglers, judged = metrics.Stopwatch(device), Stragglers(world), None
         steps = loader.Loader(rows, plan, world.rank, world.size, cfg.train.micro_batch, flops.of, device, start, num_steps)
         for step, batches in watch.waiting("data", steps):
             number, lr = step.number, optim.learning_rate(step.number, num_steps, cfg.optim)
@@ -129,8 +131,8 @@ def main(argv: list[str]) -> int:
                     watch.lap("backward")
 
             # Ranks agree on the losses, on having trained every document of the step once, and on whether to stop.
-            *losses, asked, documents, numbers, tokens, targets = distributed.sum_over_ranks(
-                [*losses.tolist(), stop.asked, *ledger.Counts.of(batches)], world)
+            *losses, asked, documents, numbers, tokens, targets = stragglers.noted(distributed.sum_over_ranks(
+                [*losses.tolist(), stop.asked, *ledger.Counts.of(batches), *stragglers.own(watch)], world))
             counted += ledger.as_planned(step, (documents, numbers, tokens, targets))
             norm = optim.unscale_and_clip(trained.values(), scale.value, cfg.optim.clip_norm)
             finite = math.isfinite(sum(losses)) and math.isfinite(norm)

@@ -1,0 +1,252 @@
+"""Who moves, who stands still, who is gone: each rank tells its progress and watches the others'.
+
+The main thread marks what it is at, which is a few attributes set. Twice a second a thread puts these marks into the group's
+store, as JSON, and takes the others'. Another judges, for the first may wait for a store that does not answer. A rank hangs if
+someone has waited for it for `timeout_s` and it neither came nearer nor was heard; work that lasts long alone (a save, an
+export, answers to many rows) is none, for nobody waits, or the rank moves.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from engine import errors
+from engine.errors import PEER, EngineError
+
+PERIOD = 0.5  # seconds between beats
+ROLL_CALL = 2.0  # seconds in which whoever lives is heard
+
+
+@dataclass
+class Progress:
+    """Where a rank's main thread is.
+
+    phase            in words; `own` says that it is long work, in which time spent on a core counts as progress
+    exchanges, marks how many exchanges between ranks it has begun, and marks since: what must grow for others to go on
+    since            time.monotonic() of the last progress
+    inside           an exchange
+    """
+
+    step: int = 0
+    phase: str = "starting"
+    own: bool = True
+    exchanges: int = 0
+    marks: int = 0
+    since: float = 0.0
+    inside: bool = False
+
+    @property
+    def age(self) -> float:
+        return time.monotonic() - self.since
+
+    @property
+    def place(self) -> str:
+        return f"step {self.step}, {self.phase}"
+
+
+now = Progress()
+
+
+def mark(phase: str, step: int | None = None) -> None:
+    """The main thread has got so far."""
+    now.phase, now.own = phase, False
+    if step is not None:
+        now.step = step
+    now.marks += 1
+    now.since = time.monotonic()
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Work in which a rank may be long on its own."""
+    before = now.phase, now.own
+    now.phase, now.own, now.since = name, True, time.monotonic()
+    try:
+        yield
+    finally:
+        now.phase, now.own = before
+        now.marks, now.since = now.marks + 1, time.monotonic()
+
+
+@contextmanager
+def exchange() -> Iterator[None]:
+    """A point where every rank waits for all others."""
+    outer = now.inside
+    now.exchanges, now.marks, now.since, now.inside = now.exchanges + 1, 0, time.monotonic(), True
+    try:
+        yield
+    finally:
+        now.marks, now.since, now.inside = now.marks + 1, time.monotonic(), outer
+
+
+@dataclass
+class Beat:
+    """What a rank tells. `age`: seconds since its last progress; `left`: why it leaves, `cause` if for a reason of its own; `late`: ranks
+    that it has waited for in vain."""
+
+    number: int
+    step: int
+    phase: str
+    exchanges: int
+    marks: int
+    age: float
+    stack: str = ""
+    left: str = ""
+    cause: bool = False
+    late: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:  # anyone who reaches the port can write it
+        for name, kind in (("number", int), ("step", int), ("phase", str), ("exchanges", int), ("marks", int), ("age", float), ("stack", str), ("left", str)):
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(name)
+        self.late = tuple(int(rank) for rank in self.late)
+        self.phase, self.stack, self.left = self.phase[:80], self.stack[:1000], self.left[:1000]
+
+
+class Watchdog:
+    """Beats for `rank` and watches the `size` - 1 others.
+
+    Args:
+        store: with `set` and `multi_get`, a connection of its own.
+        host: the rank that holds the store, None if it is none of them.
+    """
+
+    def __init__(self, store: Any, rank: int, size: int, host: int | None, timeout_s: float) -> None:
+        self.store, self.rank, self.host, self.timeout_s = store, rank, host, timeout_s
+        self.others = [other for other in range(size) if other != rank]
+        self.beats: dict[int, Beat] = {}
+        self.number, self.left, self.cause, self.late, self.deaf, self.stopped = 0, "", False, (), False, threading.Event()
+        self.awake = 0.0  # seconds that this process has run: after it was stopped itself, silence is not the others' fault
+        self.heard = dict.fromkeys(self.others, 0.0)  # when, by that clock
+        self.answered = 0.0
+        self.main = threading.main_thread().ident
+        self.tell()
+
+    @staticmethod
+    def key(rank: int) -> str:
+        return f"beat/{rank}"
+
+    def start(self) -> None:
+        for loop in (self._beat, self._judge):
+            threading.Thread(target=loop, name=f"watchdog {loop.__name__}", daemon=True).start()
+
+    def tell(self) -> None:
+        self.number += 1
+        stack = _stack(self.main) if now.age > self.timeout_s / 4 else ""
+        beat = Beat(self.number, now.step, now.phase, now.exchanges, now.marks, now.age, stack, self.left, self.cause, self.late)
+        self.store.set(self.key(self.rank), json.dumps(asdict(beat)))
+
+    def leave(self, why: str, cause: bool, late: tuple[int, ...] = ()) -> None:
+        """Tells the others, who will find this rank gone."""
+        self.left, self.cause, self.late = why, cause, late
+        with suppress(Exception):
+            self.tell()
+
+    # ---- The thread that talks ----
+
+    def _beat(self) -> None:
+        clock = time.pthread_getcpuclockid(self.main) if hasattr(time, "pthread_getcpuclockid") else None
+        spent = 0.0
+        while not self.stopped.wait(PERIOD):
+            if clock is not None and (used := time.clock_gettime(clock)) > spent + PERIOD / 20:
+                spent = used
+                if now.own:
+                    now.since = time.monotonic()
+            try:
+                self.tell()
+                found = self.store.multi_get([self.key(other) for other in self.others])
+            except Exception:  # whatever torch makes of a store that is gone
+                self.deaf = True
+                return
+            self.answered = self.awake
+            for other, text in zip(self.others, found, strict=True):
+                with suppress(ValueError, TypeError, RecursionError):
+                    beat = Beat(**json.loads(text))
+                    if other not in self.beats or beat.number != self.beats[other].number:
+                        self.beats[other], self.heard[other] = beat, self.awake
+
+    # ---- The thread that judges ----
+
+    def _judge(self) -> None:
+        before, blocked = time.monotonic(), 0.0
+        while not self.stopped.wait(PERIOD):
+            passed = time.monotonic() - before
+            before += passed
+            self.awake += min(passed, 2 * PERIOD)
+            if any(self.rank in beat.late for beat in self.beats.values()):
+                os._exit(PEER)  # this rank is the one that hangs, which the others have told
+            if late := self._late():
+                self.leave("waited in vain", False, tuple(late))
+                error = EngineError("PEER-HUNG", self._told(late), PEER)
+                self.stopped.wait(2 * PERIOD)  # all come to see it alike, and the first of them tells
+                errors.end(error, all(other in late or self.silence(other) > ROLL_CALL for other in range(self.rank)))
+            # An exchange with one that has left does not end. Of a ring its neighbours alone are told by the connection.
+            left = self.deaf and self.host is not None or any(beat.left for beat in self.beats.values())
+            blocked = blocked + passed if left and now.inside and now.age > PERIOD else 0.0
+            if blocked > ROLL_CALL / 2 and not self.left:
+                errors.end(self.lost("an exchange does not end"), True)
+
+    def silence(self, other: int) -> float:
+        return self.awake - self.heard[other]
+
+    def _late(self) -> list[int]:
+        """Whom this rank has waited for too long."""
+        if self.left or now.age <= self.timeout_s:
+            return []
+        if self.host is not None and self.host != self.rank and self.awake - self.answered > self.timeout_s:
+            return [self.host]  # it holds the store, and nobody can be heard without
+        return [other for other, beat in self.beats.items() if self.silence(other) > self.timeout_s or
+                (beat.age + self.silence(other) > self.timeout_s and (beat.exchanges, beat.marks) < (now.exchanges, now.marks))]
+
+    def _told(self, late: list[int]) -> str:
+        found = []
+        for other in late[:4]:
+            beat, silence = self.beats.get(other), self.silence(other)
+            if beat is None or silence > self.timeout_s:
+                last = f", last heard of in step {beat.step}, {beat.phase}" if beat else ""
+                found.append(f"rank {other} has been silent for {silence:.0f} s (stopped, or out of reach){last}")
+            else:
+                found.append(f"rank {other} has not moved for {beat.age + silence:.0f} s: step {beat.step}, {beat.phase}" +
+                             (f", at {beat.stack}" if beat.stack else ""))
+        more = f" (and {len(late) - 4} more)" if len(late) > 4 else ""
+        return (f"{'; '.join(found)}{more}; rank {self.rank} waits in {now.place}, expected less than train.timeout_s={self.timeout_s:g}: look at that "
+                "rank's machine, or raise it, and start again, which goes on from the last checkpoint")
+
+    def lost(self, why: str) -> EngineError:
+        """What to say where an exchange failed for `why`: the ranks that have left and their words, or those that are no longer heard."""
+        if self.left:
+            time.sleep(60)  # the other thread is about to end the process
+        self.leave("lost the others", False)
+        end = time.monotonic() + ROLL_CALL
+        while time.monotonic() < end and not self.deaf and not (told := self._words()):
+            time.sleep(PERIOD / 5)
+        if told := self._words():
+            gone = told
+        elif self.deaf and self.host not in (None, self.rank):
+            gone = f"rank {self.host} is gone, and the store that it held"
+        elif silent := [other for other in self.others if not (other in self.beats and self.beats[other].left) and self.silence(other) > ROLL_CALL * 0.6]:
+            gone = f"rank {', '.join(map(str, silent))} is gone without a word (killed? out of memory?)"
+        else:
+            gone = f"nobody knows which one is gone: {why}"
+        return EngineError("PEER-LOST", f"rank {self.rank} lost the others in {now.place}: {gone}; start again, which goes on from the last checkpoint", PEER)
+
+    def _words(self) -> str:
+        """Of those that left for a reason of their own."""
+        return "; ".join(f"rank {other} left: {beat.left}" for other, beat in self.beats.items() if beat.left and beat.cause)
+
+    def stop(self) -> None:
+        self.stopped.set()
+
+
+def _stack(thread: int) -> str:
+    """The innermost calls of a thread, the last first."""
+    frame = sys._current_frames().get(thread)
+    calls = traceback.extract_stack(frame)[-8:] if frame else []
+    return " < ".join(f"{os.path.basename(call.filename)}:{call.lineno} {call.name}" for call in reversed(calls))
