@@ -78,14 +78,9 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         traceback.print_exc()
         code = BUG
     # The launcher ends all ranks as soon as one has left. The rank that knows why must be the first to leave, so it
-    # no longer listens to the launcher, and a rank that only lost a peer waits for it.
+    # no longer listens to the launcher.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if code == PEER:
-        time.sleep(1.0)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Not sys.exit: taking down torch's process group can wait for ever, see distributed.py.
-    os._exit(code)
+    _leave(code)
 
 
 def end(error: EngineError, speaks: bool) -> None:
@@ -94,9 +89,15 @@ def end(error: EngineError, speaks: bool) -> None:
         _note(_recording[-1], error.exit_code, str(error))
     if speaks:
         _print(error)
+    _leave(error.exit_code)
+
+
+def _leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(error.exit_code)
+    if code == PEER:  # one that only lost a peer waits for it, and for those that want to hear what it knows
+        time.sleep(1.0)
+    os._exit(code)  # not sys.exit: taking down torch's process group can wait for ever, see distributed.py
 
 
 def die_with_parent() -> None:

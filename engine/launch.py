@@ -10,9 +10,10 @@ import signal
 import traceback
 
 from engine import config
-from engine.errors import DONE, PEER, EngineError, run
+from engine.errors import DONE, ENVIRONMENT, PEER, PREEMPTED, EngineError, run
 
 TRAIN = "engine.train"
+STOPS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP", "SIGQUIT")  # what torchrun sends on to the ranks; by itself it would die of Slurm's SIGUSR1
 
 
 def main(argv: list[str]) -> int:
@@ -22,6 +23,10 @@ def main(argv: list[str]) -> int:
         logging.disable(logging.CRITICAL)
     # Told to stop, ranks finish their step and save. A large checkpoint takes longer than torchrun's 30 seconds.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    heard = [name for name in STOPS if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN]  # nohup lets it live on without a terminal
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(heard))
+    for name in heard[:3]:  # until there are ranks
+        signal.signal(getattr(signal, name), lambda *_: os._exit(PREEMPTED))
 
     from torch.distributed import DistError
     from torch.distributed import run as torchrun
@@ -38,6 +43,8 @@ def main(argv: list[str]) -> int:
     except SignalException as error:
         return code_after(error.sigval, exit_codes_of_ranks(error))
     except (DistError, RendezvousError) as error:
+        if "EADDRINUSE" in str(error):
+            raise EngineError("ENVIRONMENT-PORT", "another program listens on MASTER_PORT here; set another, the same on all nodes", ENVIRONMENT) from error
         raise EngineError("PEER-MEETING", f"the nodes did not meet: {str(error).splitlines()[0].rstrip('.')}; expected the same "
                           "MASTER_ADDR, MASTER_PORT and NNODES on each, and each NODE_RANK once", PEER) from error
     return DONE
@@ -60,6 +67,8 @@ def code_after(signum: int, codes: list[int | None]) -> int:
     """The exit code of a launch that was told to stop by `signum`: the ranks' own if they had one to give."""
     if set(codes) == {DONE}:  # it came when the work was over
         return DONE
+    if all(code == -signum for code in codes):  # it came before they could note it: there was nothing to save
+        return PREEMPTED
     return next((code for code in codes if code is not None and code > 0 and code != PEER), 128 + signum)
 
 

@@ -5,7 +5,7 @@ import signal
 import threading
 from types import FrameType
 
-from engine.errors import PREEMPTED
+from engine.errors import PREEMPTED, rank_in_launch
 
 
 class StopRequest:
@@ -32,6 +32,8 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
         if self.at_once:
+            if rank_in_launch() == 0:
+                os.write(2, b"stopped as asked before the ranks had met: there is nothing to save\n")  # print may be at work below
             raise SystemExit(PREEMPTED)
 
     def _listen(self) -> None:

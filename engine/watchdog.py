@@ -21,7 +21,8 @@ from engine import errors
 from engine.errors import PEER, EngineError
 
 PERIOD = 0.5  # seconds between beats
-ROLL_CALL = 2.0  # seconds in which whoever lives is heard
+ROLL_CALL = 2.5  # seconds in which whoever lives is heard
+IN_VAIN = "waited in vain"
 
 
 @dataclass
@@ -65,14 +66,12 @@ def mark(phase: str, step: int | None = None) -> None:
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Work in which a rank may be long on its own."""
+    """Work in which a rank may be long on its own. What fails in it has failed there, so that is where the rank stays."""
     before = now.phase, now.own
     now.phase, now.own, now.since = name, True, time.monotonic()
-    try:
-        yield
-    finally:
-        now.phase, now.own = before
-        now.marks, now.since = now.marks + 1, time.monotonic()
+    yield
+    now.phase, now.own = before
+    now.marks, now.since = now.marks + 1, time.monotonic()
 
 
 @contextmanager
@@ -122,7 +121,8 @@ class Watchdog:
         self.store, self.rank, self.host, self.timeout_s = store, rank, host, timeout_s
         self.others = [other for other in range(size) if other != rank]
         self.beats: dict[int, Beat] = {}
-        self.number, self.left, self.cause, self.late, self.deaf, self.stopped = 0, "", False, (), False, threading.Event()
+        self.number, self.left, self.cause, self.late, self.deaf = 0, "", False, (), False
+        self.stopped, self.hurry, self.told = threading.Event(), threading.Event(), threading.Event()
         self.awake = 0.0  # seconds that this process has run: after it was stopped itself, silence is not the others' fault
         self.heard = dict.fromkeys(self.others, 0.0)  # when, by that clock
         self.answered = 0.0
@@ -134,6 +134,7 @@ class Watchdog:
         return f"beat/{rank}"
 
     def start(self) -> None:
+        self.hurry.set()
         for loop in (self._beat, self._judge):
             threading.Thread(target=loop, name=f"watchdog {loop.__name__}", daemon=True).start()
 
@@ -142,19 +143,23 @@ class Watchdog:
         stack = _stack(self.main) if now.age > self.timeout_s / 4 else ""
         beat = Beat(self.number, now.step, now.phase, now.exchanges, now.marks, now.age, stack, self.left, self.cause, self.late)
         self.store.set(self.key(self.rank), json.dumps(asdict(beat)))
+        if beat.left:
+            self.told.set()
 
     def leave(self, why: str, cause: bool, late: tuple[int, ...] = ()) -> None:
-        """Tells the others, who will find this rank gone."""
+        """Has the others told, who will find this rank gone."""
         self.left, self.cause, self.late = why, cause, late
-        with suppress(Exception):
-            self.tell()
+        self.hurry.set()
+        self.told.wait(2 * PERIOD)
 
     # ---- The thread that talks ----
 
     def _beat(self) -> None:
         clock = time.pthread_getcpuclockid(self.main) if hasattr(time, "pthread_getcpuclockid") else None
         spent = 0.0
-        while not self.stopped.wait(PERIOD):
+        while not self.stopped.is_set():
+            self.hurry.wait(PERIOD)
+            self.hurry.clear()
             if clock is not None and (used := time.clock_gettime(clock)) > spent + PERIOD / 20:
                 spent = used
                 if now.own:
@@ -181,24 +186,28 @@ class Watchdog:
             before += passed
             self.awake += min(passed, 2 * PERIOD)
             if any(self.rank in beat.late for beat in self.beats.values()):
-                os._exit(PEER)  # this rank is the one that hangs, which the others have told
+                os._exit(PEER)  # this rank is the one that hangs, as the others have told
             if late := self._late():
-                self.leave("waited in vain", False, tuple(late))
-                error = EngineError("PEER-HUNG", self._told(late), PEER)
-                self.stopped.wait(2 * PERIOD)  # all come to see it alike, and the first of them tells
-                errors.end(error, all(other in late or self.silence(other) > ROLL_CALL for other in range(self.rank)))
+                first = all(other in late or self.silence(other) > ROLL_CALL for other in range(self.rank))
+                told = self._told(late)
+                self.leave(IN_VAIN, False, tuple(late))
+                errors.end(EngineError("PEER-HUNG", told, PEER), speaks=first)
             # An exchange with one that has left does not end. Of a ring its neighbours alone are told by the connection.
             left = self.deaf and self.host is not None or any(beat.left for beat in self.beats.values())
             blocked = blocked + passed if left and now.inside and now.age > PERIOD else 0.0
-            if blocked > ROLL_CALL / 2 and not self.left:
-                errors.end(self.lost("an exchange does not end"), True)
+            if blocked > 2 * PERIOD and not self.left:
+                errors.end(self.lost("an exchange does not end"), speaks=True)
 
     def silence(self, other: int) -> float:
         return self.awake - self.heard[other]
 
     def _late(self) -> list[int]:
         """Whom this rank has waited for too long."""
-        if self.left or now.age <= self.timeout_s:
+        if self.left:
+            return []
+        if told := {rank for beat in self.beats.values() if beat.left == IN_VAIN for rank in beat.late}:
+            return sorted(told)
+        if now.age <= self.timeout_s:
             return []
         if self.host is not None and self.host != self.rank and self.awake - self.answered > self.timeout_s:
             return [self.host]  # it holds the store, and nobody can be heard without
@@ -225,14 +234,16 @@ class Watchdog:
             time.sleep(60)  # the other thread is about to end the process
         self.leave("lost the others", False)
         end = time.monotonic() + ROLL_CALL
-        while time.monotonic() < end and not self.deaf and not (told := self._words()):
+        while not (told := self._words()) and not (silent := self._silent()) and not self.deaf and time.monotonic() < end:
             time.sleep(PERIOD / 5)
-        if told := self._words():
+        if told:
             gone = told
-        elif self.deaf and self.host not in (None, self.rank):
-            gone = f"rank {self.host} is gone, and the store that it held"
-        elif silent := [other for other in self.others if not (other in self.beats and self.beats[other].left) and self.silence(other) > ROLL_CALL * 0.6]:
+        elif silent:
+            self.late = tuple(silent)  # and the others know
+            self.hurry.set()
             gone = f"rank {', '.join(map(str, silent))} is gone without a word (killed? out of memory?)"
+        elif self.deaf and self.host not in (None, self.rank):
+            gone = f"rank {self.host} is gone without a word (killed? out of memory?), and the store that it held"
         else:
             gone = f"nobody knows which one is gone: {why}"
         return EngineError("PEER-LOST", f"rank {self.rank} lost the others in {now.place}: {gone}; start again, which goes on from the last checkpoint", PEER)
@@ -240,6 +251,12 @@ class Watchdog:
     def _words(self) -> str:
         """Of those that left for a reason of their own."""
         return "; ".join(f"rank {other} left: {beat.left}" for other, beat in self.beats.items() if beat.left and beat.cause)
+
+    def _silent(self) -> list[int]:
+        """Those that missed three beats when the store last answered and had not said why, as this rank or another found."""
+        named = {rank for beat in self.beats.values() for rank in beat.late}
+        return [other for other in self.others if other in named or
+                (self.answered - self.heard[other] > 2.5 * PERIOD and not (other in self.beats and self.beats[other].left))]
 
     def stop(self) -> None:
         self.stopped.set()

@@ -106,7 +106,7 @@ def test_a_killed_rank_is_named_by_each_of_the_others_within_five_seconds(faulte
     for one in set(range(size)) - {rank}:
         assert sum(f"rank {one} lost the others in " in line for line in said) == 1
     assert all(f"rank {rank} is gone" in line and re.search(place, line) for line in said), said
-    assert all("without a word" in line for line in said) or rank == 0  # with it the store is gone, which tells as much
+    assert all("without a word" in line for line in said)
     note = json.loads((tmp_path / "runs/run/last_error.json").read_text())
     assert note["exit_code"] == PEER and f"rank {rank} is gone" in note["message"]
 
@@ -138,7 +138,7 @@ def stuck() -> None:
 
 
 @pytest.mark.parametrize("timeout_s, size, rank, where", [
-    (4, 2, 1, "forward"), (4, 2, 0, "replicas"),
+    (3, 2, 1, "forward"), (3, 2, 0, "replicas"),
     *(pytest.param(10, 4, rank, where, marks=pytest.mark.faults) for rank in (0, 2) for where in WHERE if where != "export" or rank == 0)])
 @pytest.mark.parametrize("how", ["stopped", "stuck"])
 def test_a_rank_that_stands_still_is_named(faulted, tmp_path, how, timeout_s, size, rank, where):
@@ -148,17 +148,18 @@ def test_a_rank_that_stands_still_is_named(faulted, tmp_path, how, timeout_s, si
     started, codes, seconds = faulted(size, rank, of, name, number, stop_self if how == "stopped" else stuck, *options)
     assert codes == [-9 if how == "stopped" and one == rank else PEER for one in range(size)], started.log.read_text()
     assert timeout_s - 1 < min(seconds.values()) and max(seconds[one] for one in range(size) if one != rank) < timeout_s + 5, seconds
-    said, = lines(started, "PEER-HUNG")
-    assert f"rank {rank} has " in said and started.log.read_text().count("ERROR") == 1
+    said, *more = lines(started, "PEER-HUNG")
+    assert f"rank {rank} has " in said and started.log.read_text().count("ERROR") == 1 + len(more)
+    assert not more or how == "stopped" and rank == 0, "more than one rank tells, though they hear each other"
     if how == "stuck":
         assert "test_watchdog.py" in said and " stuck < " in said and re.search(r"has not moved for \d+ s: step", said)
     else:
         assert re.search(r"has been silent for \d+ s .*, last heard of in step \d", said), said
     note = json.loads((tmp_path / "runs/run/last_error.json").read_text())
-    assert note["exit_code"] == PEER and note["message"] in said
+    assert note["exit_code"] == PEER and "E-PEER-HUNG" in note["message"] and f"rank {rank} has " in note["message"]
 
 
-@pytest.mark.parametrize("rank, timeout_s", [(1, 4), *(pytest.param(rank, 10, marks=pytest.mark.faults) for rank in (0, 1, 3))])
+@pytest.mark.parametrize("rank, timeout_s", [(1, 3), *(pytest.param(rank, 10, marks=pytest.mark.faults) for rank in (0, 1, 3))])
 def test_a_short_stall_is_survived_to_the_bit(recipe, ranks, trained, tmp_path, rank, timeout_s):
     size = 2 if timeout_s < 10 else 4
     trained(size, recipe(*FULL, *LONG, name="whole"))
@@ -177,16 +178,16 @@ def test_a_short_stall_is_survived_to_the_bit(recipe, ranks, trained, tmp_path, 
 
 
 def test_others_wait_for_one_that_works_alone_as_long_as_it_works(recipe, ranks, tmp_path):
-    """Three times the timeout in a save, and in the export while the others wait to leave."""
+    """More than the timeout in a save, and in the export while the others wait to leave."""
 
     def work() -> None:
-        end = time.monotonic() + 3
+        end = time.monotonic() + 3.3
         while time.monotonic() < end:
             pass
 
     def main() -> None:
         on_call(0, checkpoint, "_sha256", 1, work)
         on_call(0, export.Exporter, "compare", 1, work)
-        command(recipe("train.timeout_s=1", "train.max_steps=3", "checkpoint.every_steps=2"))
+        command(recipe("train.timeout_s=2", "train.max_steps=3", "checkpoint.every_steps=2"))
 
     assert ranks(2, main).wait() == [0, 0]
