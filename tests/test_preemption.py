@@ -47,7 +47,7 @@ def nothing_lost(run: Path) -> int:
 
 # before which call of what, and the step that is then the last
 CHAIN = [(signal.SIGTERM, 1, weights, "build", 1, 1), (signal.SIGUSR1, 0, optim, "learning_rate", 1, 2), (signal.SIGINT, 1, evaluate.Evaluation, "run", 1, 4),
-         (signal.SIGTERM, 0, checkpoint, "save", 1, 6), (signal.SIGUSR1, 1, optim, "unscale_and_clip", 2, 8)]
+         (signal.SIGTERM, 0, checkpoint, "save", 1, 7), (signal.SIGUSR1, 1, optim, "unscale_and_clip", 1, 9)]
 
 
 def test_one_rank_is_told_and_all_save_the_same_step(recipe, ranks, trained, tmp_path):
@@ -67,7 +67,7 @@ def test_one_rank_is_told_and_all_save_the_same_step(recipe, ranks, trained, tmp
 def test_a_second_signal_leaves_at_once_though_torch_is_waiting(recipe, ranks, tmp_path):
     """Rank 1 is stopped, so rank 0 is inside an exchange, where Python runs no handlers."""
     run = tmp_path / "runs/run"
-    started = ranks(2, lambda: (on_call(1, optim, "learning_rate", 4, stop_self), command(recipe("checkpoint.every_steps=2"))))
+    started = ranks(2, lambda: (on_call(1, optim, "learning_rate", 4, stop_self), command(recipe("train.epochs=9", "checkpoint.every_steps=2", "checkpoint.each_epoch=false"))))
     until(lambda: steps_done(run) == 3, "three steps")
     time.sleep(0.3)
     began = time.monotonic()
