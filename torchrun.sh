@@ -6,6 +6,8 @@
 #   NNODES NODE_RANK MASTER_ADDR   one node; several take the same command on each, or one `srun --ntasks-per-node=1`
 #   MASTER_PORT                    29500, or derived from the Slurm job
 #   OMP_NUM_THREADS                on CPU: cores / processes
+#
+# SIGTERM, SIGINT or SIGUSR1: all ranks finish their step, save, and 75 is returned; a second one ends them at once.
 set -euo pipefail
 cd "$(dirname "$0")"
 

@@ -106,14 +106,18 @@ def losses_told() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        own = _watchdogs[-1] if _watchdogs else None
-        if not isinstance(error, dist.DistError) and not (isinstance(error, RuntimeError) and "gloo" in str(error)):
-            if own:
-                own.leave(_first_line(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {_first_line(error)}", cause=True)
+        text, rank, own = _first_line(error), errors.rank_in_launch(), _watchdogs[-1] if _watchdogs else None
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+            raise (own.lost(text) if own else EngineError("PEER-LOST", f"rank {rank} lost the others before they had met: {text}", PEER)) from error
+        told = error
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+            told = EngineError("ENVIRONMENT-MEMORY", f"rank {rank} has no memory left in {watchdog.now.place}: {text}; lower train.micro_batch or "
+                               "data.max_length, or set train.activation_checkpointing", ENVIRONMENT)
+        if own:
+            own.leave(str(told).splitlines()[0] if isinstance(told, EngineError) else f"{type(error).__name__}: {text}", cause=True)
+        if told is error:
             raise
-        if own is None:
-            raise EngineError("PEER-LOST", f"rank {errors.rank_in_launch()} lost the others before they had met: {_first_line(error)}", PEER) from error
-        raise own.lost(_first_line(error)) from error
+        raise told from error
 
 
 def _first_line(error: BaseException) -> str:

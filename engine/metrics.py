@@ -50,6 +50,7 @@ class Stopwatch:
             try:
                 item = next(iterator)
             except StopIteration:
+                watchdog.mark("after the last step", own=True)
                 return
             self.lap(part)
             watchdog.now.step = item[0].number + 1

@@ -8,7 +8,7 @@ from engine.metrics import Stopwatch
 
 STEPS = 20  # over which times are added up
 FACTOR = 2.0  # times the others' median
-LOST_S = 1.0  # seconds that the others wait in so many steps, at least
+LOST_S = 0.5  # seconds that the others wait in so many steps, at least
 PARTS = ("data", "forward")  # what a rank spends in them is its own; a backward and an optimizer step may wait for others
 
 

@@ -55,13 +55,9 @@ class Progress:
 now = Progress()
 
 
-def mark(phase: str, step: int | None = None) -> None:
+def mark(phase: str, own: bool = False) -> None:
     """The main thread has got so far."""
-    now.phase, now.own = phase, False
-    if step is not None:
-        now.step = step
-    now.marks += 1
-    now.since = time.monotonic()
+    now.phase, now.own, now.marks, now.since = phase, own, now.marks + 1, time.monotonic()
 
 
 @contextmanager
@@ -127,6 +123,7 @@ class Watchdog:
         self.heard = dict.fromkeys(self.others, 0.0)  # when, by that clock
         self.answered = 0.0
         self.main = threading.main_thread().ident
+        now.since = time.monotonic()
         self.tell()
 
     @staticmethod
@@ -162,7 +159,7 @@ class Watchdog:
             self.hurry.clear()
             if clock is not None and (used := time.clock_gettime(clock)) > spent + PERIOD / 20:
                 spent = used
-                if now.own:
+                if now.own and not now.inside:  # one that waits may spin
                     now.since = time.monotonic()
             try:
                 self.tell()

@@ -67,7 +67,8 @@ def test_one_rank_is_told_and_all_save_the_same_step(recipe, ranks, trained, tmp
 def test_a_second_signal_leaves_at_once_though_torch_is_waiting(recipe, ranks, tmp_path):
     """Rank 1 is stopped, so rank 0 is inside an exchange, where Python runs no handlers."""
     run = tmp_path / "runs/run"
-    started = ranks(2, lambda: (on_call(1, optim, "learning_rate", 4, stop_self), command(recipe("train.epochs=9", "checkpoint.every_steps=2", "checkpoint.each_epoch=false"))))
+    arguments = recipe("train.epochs=9", "checkpoint.every_steps=2", "checkpoint.each_epoch=false")
+    started = ranks(2, lambda: (on_call(1, optim, "learning_rate", 4, stop_self), command(arguments)))
     until(lambda: steps_done(run) == 3, "three steps")
     time.sleep(0.3)
     began = time.monotonic()

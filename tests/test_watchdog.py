@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import sys
 import time
@@ -11,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Ranks
+from conftest import Ranks, ragged_rows, write_rows
 from test_resume import FULL, LONG, result, steps_done
 
 from engine import checkpoint, distributed, errors, evaluate, export, loss, optim, train
-from engine.errors import BUG, PEER
+from engine.errors import BUG, ENVIRONMENT, PEER
 from engine.models import weights
 
 ENDLESS = ("train.epochs=100000", "evaluate.at_start=false", "log.tensorboard=false", "checkpoint.each_epoch=false", "evaluate.each_epoch=false")
@@ -87,7 +88,7 @@ def faulted(recipe, ranks, tmp_path):
 WHERE = {"model": (weights, "build", 1, "step 0, starting"), "wrap": (distributed, "wrap", 1, "step 0, starting"),
          "forward": (loss, "summed_cross_entropy", 6, r"step \d, after"), "exchange": (distributed, "sum_over_ranks", 4, "step 4, after backward"),
          "optimizer": (optim, "unscale_and_clip", 3, "step [34], after"), "evaluation": (evaluate.Evaluation, "run", 1, "evaluation"),
-         "replicas": (distributed, "check_replicas", 1, "step 2, after optimizer"), "export": (export.Exporter, "run", 1, "step 3, after optimizer")}
+         "replicas": (distributed, "check_replicas", 1, "step 2, after optimizer"), "export": (export.Exporter, "run", 1, "step 3, after the last step")}
 QUICK = ("forward", "replicas")
 
 
@@ -123,6 +124,22 @@ def test_an_exception_on_one_rank_is_told_there_and_ends_the_others(faulted, tmp
     assert len(lines(started, "BUG")) == 1 and "[rank 3] ERROR E-BUG ValueError: planted" in text and text.count("Traceback") == 1
     assert len(lines(started, "PEER-LOST")) == 3 and all("rank 3 left: ValueError: planted" in line for line in lines(started, "PEER-LOST"))
     assert json.loads((tmp_path / "runs/run/last_error.json").read_text())["exit_code"] == BUG
+
+
+def without_memory() -> None:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 18), resource.RLIM_INFINITY))
+
+
+def test_a_rank_without_memory_says_so_and_ends_the_others(faulted, tmp_path):
+    rows = write_rows(tmp_path / "many.jsonl", ragged_rows(400))
+    started, codes, seconds = faulted(2, 1, loss, "summed_cross_entropy", 6, without_memory, "train.micro_batch=8", "train.global_batch=16",
+                                      "data.packing=true", "data.max_length=128", f"data.train={rows}")
+    assert codes == [PEER, ENVIRONMENT], started.log.read_text()
+    assert max(seconds.values()) < 10, seconds
+    told, said = sorted(lines(started, "ENVIRONMENT-MEMORY"))
+    assert told.startswith("ERROR E-PEER-LOST rank 0 lost the others in step") and "rank 1 left: ERROR E-ENVIRONMENT-MEMORY rank 1 has" in told
+    assert "[rank 1] ERROR E-ENVIRONMENT-MEMORY rank 1 has no memory left in step" in said
 
 
 # --- a peer stands still ---------------------------------------------------------------------------------------------
@@ -191,3 +208,26 @@ def test_others_wait_for_one_that_works_alone_as_long_as_it_works(recipe, ranks,
         command(recipe("train.timeout_s=2", "train.max_steps=3", "checkpoint.every_steps=2"))
 
     assert ranks(2, main).wait() == [0, 0]
+
+
+# --- a peer is slow --------------------------------------------------------------------------------------------------
+
+
+def test_a_slow_rank_is_named_once_and_changes_nothing(recipe, ranks, tmp_path):
+    """Rank 1 is stopped for three quarters of the time, as by a machine that has too much to do."""
+    options = (*FULL, "train.epochs=45", "train.global_batch=23", "checkpoint.each_epoch=false", "log.tensorboard=false")
+    even = ranks(2, recipe(*options, name="whole"))
+    assert even.wait() == [0, 0] and "is slow" not in even.log.read_text()
+    slow = ranks(2, recipe(*options, name="slow"))
+    pid = slow.pids[1]
+    while not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        if steps_done(tmp_path / "runs/slow"):
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(0.15)
+            os.kill(pid, signal.SIGCONT)
+        time.sleep(0.05)
+    assert slow.wait() == [0, 0], slow.log.read_text()
+    said, = (line for line in slow.log.read_text().splitlines() if "WARNING" in line and "slow" in line)
+    each = [float(found) for found in re.findall(r"rank \d: (\d+)", said)]
+    assert "WARNING rank 1 is slow" in said and len(each) == 2 and each[1] > 2 * each[0], said
+    assert result(tmp_path / "runs/slow") == result(tmp_path / "runs/whole")
