@@ -7,13 +7,14 @@ may import torch.distributed beside distributed.py.
 import logging
 import os
 import signal
+import threading
 import traceback
 
 from engine import config
 from engine.errors import DONE, ENVIRONMENT, PEER, PREEMPTED, EngineError, run
+from engine.signals import StopRequest
 
 TRAIN = "engine.train"
-STOPS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP", "SIGQUIT")  # what torchrun sends on to the ranks; by itself it would die of Slurm's SIGUSR1
 
 
 def main(argv: list[str]) -> int:
@@ -23,10 +24,11 @@ def main(argv: list[str]) -> int:
         logging.disable(logging.CRITICAL)
     # Told to stop, ranks finish their step and save. A large checkpoint takes longer than torchrun's 30 seconds.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
-    heard = [name for name in STOPS if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN]  # nohup lets it live on without a terminal
-    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(heard))
-    for name in heard[:3]:  # until there are ranks
-        signal.signal(getattr(signal, name), lambda *_: os._exit(PREEMPTED))
+    # What torchrun sends on to the ranks; by itself it would die of Slurm's SIGUSR1, and not live on under nohup.
+    sent_on = [one for one in (*StopRequest.SIGNALS, signal.SIGHUP, signal.SIGQUIT) if signal.getsignal(one) != signal.SIG_IGN]
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(one.name for one in sent_on))
+    for one in StopRequest.SIGNALS:  # until there are ranks
+        signal.signal(one, lambda *_: os._exit(PREEMPTED))
 
     from torch.distributed import DistError
     from torch.distributed import run as torchrun
@@ -34,6 +36,9 @@ def main(argv: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
 
+    if TRAIN in argv:  # ranks start with these held back, until they can note them; for this process a thread without a task takes them
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_BLOCK, StopRequest.SIGNALS)
     try:
         torchrun.run(torchrun.parse_args(argv))  # main without its wrapper, which would log the failure once more
     except ChildFailedError as error:

@@ -24,6 +24,7 @@ class StopRequest:
         os.set_blocking(writes, False)
         self.outer = signal.set_wakeup_fd(writes)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)  # which launch.py holds back
 
     def ranks_agree(self) -> None:
         """From here on a request waits for the end of the step."""

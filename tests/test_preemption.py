@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -103,6 +104,11 @@ class Launch:
                 pass
         return found
 
+    def listens(self) -> bool:
+        """Whether Python has begun, and the launcher with it."""
+        caught = int(re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{self.process.pid}/status").read_text())[1], 16)
+        return bool(caught >> (signal.SIGUSR1 - 1) & 1)
+
     def ranks(self) -> list[int]:
         return [pid for pid in self.processes() if pid != self.process.pid]
 
@@ -151,7 +157,7 @@ def test_ranks_do_not_outlive_a_launcher_that_is_killed(recipe, launch, tmp_path
 
 @pytest.mark.faults
 def test_twenty_launches_told_at_a_random_moment(recipe, launch, trained, tmp_path):
-    """From the launcher's first line to the last step: 75 each time, or 0 once the work is done; then bit for bit what an undisturbed run is."""
+    """From the launcher's first lines to the last step: 75 each time, or 0 once the work is done; then bit for bit what an undisturbed run is."""
     draw = random.Random(7)
     options = (*FULL, *LONG, "train.epochs=40", "checkpoint.every_steps=0", "checkpoint.each_epoch=false", f"data.validation={tmp_path}/rows.jsonl",
                "log.tensorboard=false")
@@ -159,6 +165,7 @@ def test_twenty_launches_told_at_a_random_moment(recipe, launch, trained, tmp_pa
     run, stops, begun = tmp_path / "runs/cut", 0, 0
     while stops < 20:
         started = launch(2, recipe(*options, name="cut"))
+        until(started.listens, "the launcher")
         if stops % 2:
             until(lambda begun=begun, started=started: steps_done(run) > begun or started.process.poll() is not None, "a step", 90)
             time.sleep(draw.random() * 0.3)
