@@ -20,8 +20,8 @@ from typing import Any
 from engine import errors
 from engine.errors import PEER, EngineError
 
-PERIOD = 0.5  # seconds between beats
-ROLL_CALL = 2.5  # seconds in which whoever lives is heard
+PERIOD = 0.5  # seconds between beats of up to RANKS ranks; of more, in proportion: the store answers each with the beats of all
+RANKS = 64
 IN_VAIN = "waited in vain"
 
 
@@ -115,10 +115,12 @@ class Watchdog:
 
     def __init__(self, store: Any, rank: int, size: int, host: int | None, timeout_s: float) -> None:
         self.store, self.rank, self.host, self.timeout_s = store, rank, host, timeout_s
+        self.period = PERIOD * max(1.0, size / RANKS)
+        self.roll_call = 5 * self.period  # in which whoever lives is heard
         self.others = [other for other in range(size) if other != rank]
-        self.beats: dict[int, Beat] = {}
+        self.beats = {other: Beat(0, 0, "starting", 0, 0, 0.0) for other in self.others}
         self.number, self.left, self.cause, self.late, self.deaf = 0, "", False, (), False
-        self.stopped, self.hurry, self.told = threading.Event(), threading.Event(), threading.Event()
+        self.stopped, self.hurry, self.sent = threading.Event(), threading.Event(), threading.Event()
         self.awake = 0.0  # seconds that this process has run: after it was stopped itself, silence is not the others' fault
         self.heard = dict.fromkeys(self.others, 0.0)  # when, by that clock
         self.answered = 0.0
@@ -141,13 +143,13 @@ class Watchdog:
         beat = Beat(self.number, now.step, now.phase, now.exchanges, now.marks, now.age, stack, self.left, self.cause, self.late)
         self.store.set(self.key(self.rank), json.dumps(asdict(beat)))
         if beat.left:
-            self.told.set()
+            self.sent.set()
 
     def leave(self, why: str, cause: bool, late: tuple[int, ...] = ()) -> None:
         """Has the others told, who will find this rank gone."""
         self.left, self.cause, self.late = why, cause, late
         self.hurry.set()
-        self.told.wait(2 * PERIOD)
+        self.sent.wait(2 * self.period)
 
     # ---- The thread that talks ----
 
@@ -155,9 +157,9 @@ class Watchdog:
         clock = time.pthread_getcpuclockid(self.main) if hasattr(time, "pthread_getcpuclockid") else None
         spent = 0.0
         while not self.stopped.is_set():
-            self.hurry.wait(PERIOD)
+            self.hurry.wait(self.period)
             self.hurry.clear()
-            if clock is not None and (used := time.clock_gettime(clock)) > spent + PERIOD / 20:
+            if clock is not None and (used := time.clock_gettime(clock)) > spent + self.period / 20:
                 spent = used
                 if now.own and not now.inside:  # one that waits may spin
                     now.since = time.monotonic()
@@ -171,28 +173,28 @@ class Watchdog:
             for other, text in zip(self.others, found, strict=True):
                 with suppress(ValueError, TypeError, RecursionError):
                     beat = Beat(**json.loads(text))
-                    if other not in self.beats or beat.number != self.beats[other].number:
+                    if beat.number != self.beats[other].number:
                         self.beats[other], self.heard[other] = beat, self.awake
 
     # ---- The thread that judges ----
 
     def _judge(self) -> None:
         before, blocked = time.monotonic(), 0.0
-        while not self.stopped.wait(PERIOD):
+        while not self.stopped.wait(self.period):
             passed = time.monotonic() - before
             before += passed
-            self.awake += min(passed, 2 * PERIOD)
+            self.awake += min(passed, 2 * self.period)
             if any(self.rank in beat.late for beat in self.beats.values()):
                 os._exit(PEER)  # this rank is the one that hangs, as the others have told
             if late := self._late():
-                first = all(other in late or self.silence(other) > ROLL_CALL for other in range(self.rank))
-                told = self._told(late)
+                first = all(other in late or self.silence(other) > self.roll_call for other in range(self.rank))
+                error = EngineError("PEER-HUNG", self._describe(late), PEER)
                 self.leave(IN_VAIN, False, tuple(late))
-                errors.end(EngineError("PEER-HUNG", told, PEER), speaks=first)
+                errors.end(error, speaks=first)
             # An exchange with one that has left does not end. Of a ring its neighbours alone are told by the connection.
             left = self.deaf and self.host is not None or any(beat.left for beat in self.beats.values())
-            blocked = blocked + passed if left and now.inside and now.age > PERIOD else 0.0
-            if blocked > 2 * PERIOD and not self.left:
+            blocked = blocked + passed if left and now.inside and now.age > self.period else 0.0
+            if blocked > 2 * self.period and not self.left:
                 errors.end(self.lost("an exchange does not end"), speaks=True)
 
     def silence(self, other: int) -> float:
@@ -211,13 +213,12 @@ class Watchdog:
         return [other for other, beat in self.beats.items() if self.silence(other) > self.timeout_s or
                 (beat.age + self.silence(other) > self.timeout_s and (beat.exchanges, beat.marks) < (now.exchanges, now.marks))]
 
-    def _told(self, late: list[int]) -> str:
+    def _describe(self, late: list[int]) -> str:
         found = []
         for other in late[:4]:
-            beat, silence = self.beats.get(other), self.silence(other)
-            if beat is None or silence > self.timeout_s:
-                last = f", last heard of in step {beat.step}, {beat.phase}" if beat else ""
-                found.append(f"rank {other} has been silent for {silence:.0f} s (stopped, or out of reach){last}")
+            beat, silence = self.beats[other], self.silence(other)
+            if silence > self.timeout_s:
+                found.append(f"rank {other} has been silent for {silence:.0f} s (stopped, or out of reach), last heard of in step {beat.step}, {beat.phase}")
             else:
                 found.append(f"rank {other} has not moved for {beat.age + silence:.0f} s: step {beat.step}, {beat.phase}" +
                              (f", at {beat.stack}" if beat.stack else ""))
@@ -230,9 +231,9 @@ class Watchdog:
         if self.left:
             time.sleep(60)  # the other thread is about to end the process
         self.leave("lost the others", False)
-        end = time.monotonic() + ROLL_CALL
+        end = time.monotonic() + self.roll_call
         while not (told := self._words()) and not (silent := self._silent()) and not self.deaf and time.monotonic() < end:
-            time.sleep(PERIOD / 5)
+            time.sleep(self.period / 5)
         if told:
             gone = told
         elif silent:
@@ -253,7 +254,7 @@ class Watchdog:
         """Those that missed three beats when the store last answered and had not said why, as this rank or another found."""
         named = {rank for beat in self.beats.values() for rank in beat.late}
         return [other for other in self.others if other in named or
-                (self.answered - self.heard[other] > 2.5 * PERIOD and not (other in self.beats and self.beats[other].left))]
+                (self.answered - self.heard[other] > 2.5 * self.period and not self.beats[other].left)]
 
     def stop(self) -> None:
         self.stopped.set()
