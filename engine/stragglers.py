@@ -24,7 +24,7 @@ class Stragglers:
 
     def own(self, watch: Stopwatch) -> list[float]:
         """What this rank adds to a step's sums."""
-        return [watch.spent(PARTS) if rank == self.world.rank else 0.0 for rank in range(self.world.size)]
+        return [0.0 if self.told or rank != self.world.rank else watch.spent(PARTS) for rank in range(self.world.size)]
 
     def noted(self, sums: list[float]) -> list[float]:
         """`sums` without the seconds of ranks, which are looked at."""
