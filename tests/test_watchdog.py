@@ -151,6 +151,12 @@ def stop_self() -> None:
     kill_self(signal.SIGSTOP)
 
 
+def told_and_stop_self() -> None:
+    """Stopped once the others know that it is where they are."""
+    time.sleep(1.5)
+    stop_self()
+
+
 def stuck() -> None:
     reads, _ = os.pipe()
     os.read(reads, 1)  # nobody writes
@@ -164,7 +170,8 @@ def test_a_rank_that_stands_still_is_named(faulted, tmp_path, how, timeout_s, si
     of, name, number, place = WHERE[where]
     options = [f"data.validation={tmp_path}/rows.jsonl", "checkpoint.every_steps=2", *(["evaluate.every_steps=2"] if where == "evaluation" else []),
                *(["train.max_steps=3"] if where == "export" else []), f"train.timeout_s={timeout_s}"]
-    started, codes, seconds = faulted(size, rank, of, name, number, stop_self if how == "stopped" else stuck, *options)
+    action = stuck if how == "stuck" else told_and_stop_self if where == "inside" else stop_self
+    started, codes, seconds = faulted(size, rank, of, name, number, action, *options)
     assert codes == [-9 if how == "stopped" and one == rank else PEER for one in range(size)], started.log.read_text()
     assert timeout_s - 1 < min(seconds.values()) and max(seconds[one] for one in range(size) if one != rank) < timeout_s + 5, seconds
     said, *more = lines(started, "PEER-HUNG")
