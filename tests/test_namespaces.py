@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -14,11 +15,11 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 from conftest import Ranks
-from test_preemption import saved, until
+from test_preemption import last_step, saved, until
 from test_resume import FULL, LONG, result, steps_done
 from test_watchdog import ENDLESS, command, lines
 
-from engine.errors import ENVIRONMENT, PEER
+from engine.errors import ENVIRONMENT, PEER, PREEMPTED
 
 NEW_NETWORK = 0x40000000
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -117,8 +118,10 @@ def test_a_partition_ends_both_sides(recipe, two_hosts, cable, tmp_path, number)
     assert any(line.startswith("[rank 2]") and "rank 0 has been silent" in line for line in said), started.log.read_text()
     assert saved(run) > 0 and json.loads((run / "last_error.json").read_text())["exit_code"] == PEER
     cable.plug()
-    started = two_hosts(recipe(*ENDLESS, "train.timeout_s=10", "checkpoint.every_steps=2", f"train.max_steps={saved(run) + 3}"))
-    assert started.wait() == [0] * 4, started.log.read_text()
+    began, started = saved(run), two_hosts(recipe(*ENDLESS, "train.timeout_s=10", "checkpoint.every_steps=2"))
+    until(lambda: last_step(run) > began, "it goes on")
+    os.kill(started.pids[3], signal.SIGUSR1)
+    assert started.wait() == [PREEMPTED] * 4, started.log.read_text()
 
 
 # --- the port --------------------------------------------------------------------------------------------------------
