@@ -152,7 +152,8 @@ def test_a_port_that_is_taken_is_the_machines_fault(recipe, ranks):
     assert f"MASTER_PORT={port}: another program listens there" in said
 
 
-@pytest.mark.parametrize("missing", [pytest.param(0, marks=pytest.mark.faults), 2])
+@pytest.mark.faults
+@pytest.mark.parametrize("missing", [0, 2])
 def test_a_rank_that_never_comes_is_named(recipe, ranks, missing):
     port = free_port()
     began = time.monotonic()
@@ -166,7 +167,7 @@ def test_a_rank_that_never_comes_is_named(recipe, ranks, missing):
 
 def test_who_comes_to_the_port_unasked_changes_nothing(recipe, ranks, trained, tmp_path):
     """Random bytes, and a client of torch's that writes keys: the run goes on, or stops; it never reads what it was sent as code."""
-    options = (*FULL, *LONG, "train.epochs=12")
+    options = (*FULL, *LONG, "train.epochs=6")
     trained(2, recipe(*options, name="whole"))
     port = free_port()
     started = ranks(2, lambda: placed(port, recipe(*options, name="visited")))

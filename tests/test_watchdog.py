@@ -16,7 +16,7 @@ import torch.distributed
 from conftest import Ranks, ragged_rows, write_rows
 from test_resume import FULL, LONG, result, steps_done
 
-from engine import checkpoint, distributed, errors, evaluate, export, loss, optim, train
+from engine import checkpoint, distributed, errors, evaluate, export, loss, optim, stragglers, train
 from engine.errors import BUG, ENVIRONMENT, PEER
 from engine.models import weights
 
@@ -94,7 +94,7 @@ WHERE = {"model": (weights, "build", 1, "step 0, starting"), "wrap": (distribute
 
 
 @pytest.mark.parametrize("size, rank, where", [
-    (6, 2, "forward"), (2, 0, "replicas"),  # of a ring of six some hear of it from others alone
+    (6, 2, "forward"), (2, 0, "model"),  # of a ring of six some hear of it from others alone
     *(pytest.param(size, rank, where, marks=pytest.mark.faults) for size, rank in ((2, 0), (4, 0), (4, 2)) for where in WHERE
       if (where, rank) != ("export", 2))])
 def test_a_killed_rank_is_named_by_each_of_the_others_within_five_seconds(faulted, tmp_path, size, rank, where):
@@ -222,6 +222,18 @@ def test_others_wait_for_one_that_works_alone_as_long_as_it_works(recipe, ranks,
 # --- a peer is slow --------------------------------------------------------------------------------------------------
 
 
+def test_a_rank_is_slow_that_takes_twice_the_others_time_over_many_steps(capsys):
+    def told(*each: float, steps: int = 60) -> str:
+        own = stragglers.Stragglers(distributed.World(0, len(each), 0, torch.device("cpu")))
+        assert all(own.noted([1.5, 2.0, *each]) == [1.5, 2.0] for _ in range(steps))
+        return capsys.readouterr().err
+
+    assert told(0.1, 0.3, 0.1, 0.12).count("WARNING rank 1 is slow") == 1
+    assert "rank 0: 100, rank 1: 300, rank 2: 100, rank 3: 120" in told(0.1, 0.3, 0.1, 0.12)
+    assert not told(0.1, 0.3, steps=19) and not told(0.1, 0.15, 0.1) and not told(0.001, 0.01) and not told(9.0)
+
+
+@pytest.mark.faults
 def test_a_slow_rank_is_named_once_and_changes_nothing(recipe, ranks, tmp_path):
     """Rank 1 is stopped for three quarters of the time, as by a machine that has too much to do."""
     options = (*FULL, "train.epochs=45", "train.global_batch=23", "checkpoint.each_epoch=false", "log.tensorboard=false")
