@@ -118,7 +118,7 @@ def test_a_partition_ends_both_sides(recipe, two_hosts, cable, tmp_path, number)
     assert any(line.startswith("[rank 2]") and "rank 0 has been silent" in line for line in said), started.log.read_text()
     assert saved(run) > 0 and json.loads((run / "last_error.json").read_text())["exit_code"] == PEER
     cable.plug()
-    began, started = saved(run), two_hosts(recipe(*ENDLESS, "train.timeout_s=10", "checkpoint.every_steps=2"))
+    began, started = last_step(run), two_hosts(recipe(*ENDLESS, "train.timeout_s=10", "checkpoint.every_steps=2"))
     until(lambda: last_step(run) > began, "it goes on")
     os.kill(started.pids[3], signal.SIGUSR1)
     assert started.wait() == [PREEMPTED] * 4, started.log.read_text()
