@@ -142,7 +142,7 @@ class Train:
     loss_scale_growth: int = option(2000, "fp16: steps without overflow after which the scale doubles", low=1)
     activation_checkpointing: int = option(0, "recompute activations: 0 never, 1 in every block, n in every n-th block", low=0)
     attention: str = option("auto", "attention over packed rows; auto names its choice", ("auto", "sdpa", "cpu", "reference"))
-    timeout_s: float = option(600.0, "seconds a rank waits for the others", low=1)
+    timeout_s: float = option(120.0, "seconds that ranks wait for one that makes no progress; then the run ends with exit code 5", low=1)
 
 
 @dataclass

@@ -6,8 +6,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -16,17 +16,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from engine import errors
+from engine import errors, watchdog
 from engine.errors import ENVIRONMENT, PEER, EngineError
+from engine.watchdog import Watchdog
 
 LOOPBACK = ("127.0.0.1", "localhost")
 
 # Wrapped models live until the process ends. The last reference to one takes the gloo group down with the interpreter's
 # lock held, and waits for a thread that may want this lock to let go of its tensors: the rank would hang at the very end.
 _WRAPPED: list[nn.Module] = []
+
+# Ranks meet, and wait in an exchange, for so many times `timeout_s`. Before that the watchdog has told who is late; this is for
+# what it cannot see, such as a network that loses an exchange that all have begun.
+PATIENCE = 5
+
+_watchdogs: list[Watchdog] = []  # this rank's, while it is in a group
 
 
 @dataclass(frozen=True)
@@ -66,43 +72,77 @@ def init(device: str, timeout_s: float) -> World:
         # from step to step; this many are those of a few micro-batches.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     if size > 1:
-        patience = timedelta(seconds=timeout_s)
-        store = _store_of_one_node(rank, size, timeout_s) or next(rendezvous("env://", timeout=patience))[0]
-        # torchrun keeps its store when it starts ranks again, and in it the addresses of those that are gone; so each start has its own keys.
-        store = dist.PrefixStore(f"start-{errors.restarts_in_launch()}", store)
-        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=patience, device_id=where if on_cuda else None,
-                                rank=rank, world_size=size, store=store)
+        store = _meet(rank, size, timeout_s)
+        dist.init_process_group("nccl" if on_cuda else "gloo", store=store, rank=rank, world_size=size,
+                                timeout=timedelta(seconds=PATIENCE * timeout_s), device_id=where if on_cuda else None)
+        _watchdogs[-1].start()
     return World(rank, size, local_rank, where)
 
 
-def _store_of_one_node(rank: int, size: int, timeout_s: float) -> dist.Store | None:
-    """Where ranks of one node meet; None where they are of several nodes, or torchrun itself holds the place."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    if address not in LOOPBACK:
-        return None
-    if "lo" in (name for _, name in socket.if_nameindex()):  # what ranks say to each other stays here too
+def _meet(rank: int, size: int, timeout_s: float) -> dist.Store:
+    """The group's store once every rank has come to it: on rank 0, or in torchrun where that started the ranks and holds one."""
+    address, port, patience = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), PATIENCE * timeout_s
+    by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    place, holds = f"MASTER_ADDR={address} MASTER_PORT={port}", rank == 0 and not by_launcher
+    if on_one_node := address in LOOPBACK and "lo" in (name for _, name in socket.if_nameindex()):  # what ranks say to each other stays there too
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return None
-    return dist.TCPStore(address, port, size, rank == 0, timedelta(seconds=timeout_s), master_listen_fd=_listening(port) if rank == 0 else None)
-
-
-def _listening(port: int) -> int:
-    """A socket for a store that this node alone can reach. torch's store has no password, and by itself it listens on every interface."""
     try:
-        return socket.create_server(("127.0.0.1", port)).detach()
-    except OSError as error:
-        raise EngineError("ENVIRONMENT-PORT", f"MASTER_PORT={port}: {error.strerror}; set another, the same on all ranks", ENVIRONMENT) from error
+        # A store has no password and by itself listens on every interface: that of one node gets a socket that this node alone can reach.
+        socket_of_one_node = socket.create_server(("127.0.0.1", port)).detach() if holds and on_one_node else None
+        store = dist.TCPStore(address, port, size, holds, timedelta(seconds=patience), wait_for_workers=False, master_listen_fd=socket_of_one_node)
+    except (OSError, dist.DistNetworkError) as error:
+        if isinstance(error, OSError) or "EADDRINUSE" in str(error):
+            raise EngineError("ENVIRONMENT-PORT", f"{place}: another program listens there; set another port, the same on all ranks", ENVIRONMENT) from error
+        raise EngineError("PEER-MISSING", f"{place}: rank 0 does not answer there for {patience:g} s; expected it to be started, and its node to be "
+                          "reached", PEER) from error
+    # torchrun keeps its store when it starts ranks again, and in it the addresses of those that are gone; so each start has its own keys.
+    start = f"start-{errors.restarts_in_launch()}"
+    own = Watchdog(dist.PrefixStore(f"{start}/watchdog", store.clone()), rank, size, None if by_launcher else 0, timeout_s)
+    end, pause = time.monotonic() + patience, 0.005
+    while missing := [other for other in own.others if not own.store.check([own.key(other)])]:
+        if time.monotonic() > end:
+            raise EngineError("PEER-MISSING", f"{place}: rank {', '.join(map(str, missing))} of {size} did not come within {patience:g} s, {PATIENCE} × "
+                              "train.timeout_s; look at what became of it, or raise train.timeout_s", PEER)
+        time.sleep(pause := min(1.5 * pause, 0.5))
+    _watchdogs.append(own)
+    return dist.PrefixStore(f"{start}/group", store)
+
+
+@contextmanager
+def losses_told() -> Iterator[None]:
+    """Makes the loss of a peer, wherever the block finds out, an EngineError that names it; tells the peers of every other failure in the block."""
+    try:
+        yield
+    except BaseException as error:
+        text, rank, own = _first_line(error), errors.rank_in_launch(), _watchdogs[-1] if _watchdogs else None
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+            raise (own.lost(text) if own else EngineError("PEER-LOST", f"rank {rank} lost the others before they had met: {text}", PEER)) from error
+        told = error
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+            told = EngineError("ENVIRONMENT-MEMORY", f"rank {rank} has no memory left in {watchdog.now.place}: {text}; lower train.micro_batch or "
+                               "data.max_length, or set train.activation_checkpointing", ENVIRONMENT)
+        if own:
+            own.leave(str(told).splitlines()[0] if isinstance(told, EngineError) else f"{type(error).__name__}: {text}", cause=True)
+        if told is error:
+            raise
+        raise told from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def close(world: World) -> None:
-    """Leaves the group once all ranks are here, so that none is gone while another still works."""
+    """Leaves the group once all ranks are here, so that none is gone while another still works, which may be long: rank 0 exports."""
     if world.size > 1:
-        dist.barrier()
+        with watchdog.exchange():
+            dist.barrier(timeout=timedelta(days=7))
+        _watchdogs.pop().stop()
         dist.destroy_process_group()
 
 
+@watchdog.exchange()
 def wrap(model: nn.Module, world: World) -> nn.Module:
     """`model` in DistributedDataParallel, so that backward sums gradients over ranks; `model` itself in a world of one."""
     if world.size == 1:
@@ -113,6 +153,7 @@ def wrap(model: nn.Module, world: World) -> nn.Module:
     return wrapped
 
 
+@watchdog.exchange()
 def settle(ddp_model: nn.Module, zero_loss: Callable[[], Tensor]) -> None:
     """Runs one backward that adds nothing, so that DDP lays out its gradient buckets before the first real step.
 
@@ -126,21 +167,22 @@ def settle(ddp_model: nn.Module, zero_loss: Callable[[], Tensor]) -> None:
 
 def sync_if(ddp_model: nn.Module, last: bool) -> AbstractContextManager:
     """Gradients are exchanged in the backward of a step's last micro-batch only."""
-    return nullcontext() if last or not isinstance(ddp_model, DistributedDataParallel) else ddp_model.no_sync()
+    if not isinstance(ddp_model, DistributedDataParallel):
+        return nullcontext()
+    return watchdog.exchange() if last else ddp_model.no_sync()
 
 
+@watchdog.exchange()
 def sum_over_ranks(values: list[float], world: World) -> list[float]:
     """Element-wise sum over all ranks, in float64, on every rank alike."""
     if world.size == 1:
         return list(values)
     total = torch.tensor(values, dtype=torch.float64, device=world.device)
-    try:
-        dist.all_reduce(total)
-    except RuntimeError as error:
-        raise EngineError("PEER-LOST", f"rank {world.rank} lost the others: {str(error).splitlines()[0]}", PEER) from error
+    dist.all_reduce(total)
     return total.tolist()
 
 
+@watchdog.exchange()
 def from_first(number: int, world: World) -> int:
     """Rank 0's whole number, on every rank."""
     if world.size == 1:
@@ -150,6 +192,7 @@ def from_first(number: int, world: World) -> int:
     return int(shared.item())
 
 
+@watchdog.exchange()
 def gather_text(text: str, world: World) -> list[str]:
     """Every rank's text, by rank, on every rank. As bytes in tensors: torch's object collectives would unpickle."""
     if world.size == 1:
@@ -188,6 +231,7 @@ def bit_sums(tensors: dict[str, Tensor]) -> Tensor:
     return torch.stack([tensor.detach().view(whole[tensor.itemsize]).sum(dtype=torch.int64) for tensor in tensors.values()])
 
 
+@watchdog.exchange()
 def check_replicas(tensors: dict[str, Tensor], world: World) -> None:
     """Raises EngineError unless every rank holds the same bits in every tensor, as replicas must after each step."""
     if world.size == 1:
@@ -253,9 +297,12 @@ def shard(groups: list[dict[str, Any]], make: Callable[[list[dict[str, Any]]], t
     """
     from torch.distributed.optim import ZeroRedundancyOptimizer  # takes a second to import, and few runs shard
 
-    return ZeroRedundancyOptimizer(groups, optimizer_class=make)
+    optimizer = ZeroRedundancyOptimizer(groups, optimizer_class=make)
+    optimizer.step = watchdog.exchange()(optimizer.step)
+    return optimizer
 
 
+@watchdog.exchange()
 def gather_tensors(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:
     """All ranks' named tensors on rank 0, on the CPU; nothing on the others. One at a time crosses, as raw numbers.
 

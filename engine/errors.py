@@ -3,6 +3,7 @@
 Text for a user reads: what, got, expected, what to change. `run` is the outermost call of every command.
 """
 
+import ctypes
 import errno
 import json
 import os
@@ -124,15 +125,13 @@ def run(main: Callable[[list[str]], int | None], needs_reader: bool = True) -> N
     rank is printed by that rank, with its number.
     """
     prepare(needs_reader)
-    rank = rank_in_launch()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun: its ranks do not outlive it
+        die_with_parent()
     try:
         code = main(sys.argv[1:]) or DONE
     except EngineError as error:
         code = error.exit_code
-        if rank == 0:
-            print(error, file=sys.stderr)
-        elif code not in (USER, CHECKPOINT, NUMERIC):
-            print(f"[rank {rank}] {error}", file=sys.stderr)
+        _print(error)
     except KeyboardInterrupt:
         code = 130
     except SystemExit as error:  # --help
@@ -143,14 +142,43 @@ def run(main: Callable[[list[str]], int | None], needs_reader: bool = True) -> N
         traceback.print_exc()
         code = BUG
     # The launcher ends all ranks as soon as one has left. The rank that knows why must be the first to leave, so it
-    # no longer listens to the launcher, and a rank that only lost a peer waits for it.
+    # no longer listens to the launcher.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if code == PEER:
-        time.sleep(1.0)
+    _leave(code)
+
+
+def end(error: EngineError, speaks: bool) -> None:
+    """Leaves the process as `run` and `recorded` would, from any thread, while the main thread waits for what will not come."""
+    if _recording:
+        _note(_recording[-1], error.exit_code, str(error))
+    if speaks:
+        _print(error)
+    _leave(error.exit_code)
+
+
+def _leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: taking down torch's process group can wait for ever, see distributed.py.
-    os._exit(code)
+    if code == PEER:  # one that only lost a peer waits for it, and for those that want to hear what it knows
+        time.sleep(1.0)
+    os._exit(code)  # not sys.exit: taking down torch's process group can wait for ever, see distributed.py
+
+
+def die_with_parent() -> None:
+    """SIGKILL to this process as soon as the thread that started it is gone; on Linux alone."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _print(error: EngineError) -> None:
+    rank = rank_in_launch()
+    if rank == 0:
+        print(error, file=sys.stderr)
+    elif error.exit_code not in (USER, CHECKPOINT, NUMERIC):
+        print(f"[rank {rank}] {error}", file=sys.stderr)
+
+
+_recording: list[Path] = []  # where to write down what ends the run
 
 
 @contextmanager
@@ -158,6 +186,7 @@ def recorded(path: Path, rank: int) -> Iterator[None]:
     """Writes `path` (last_error.json) when the block fails: exit code, rank, message. Removes a stale one first."""
     if rank == 0:
         path.unlink(missing_ok=True)
+    _recording.append(path)
     try:
         yield
     except BaseException as caught:
@@ -167,22 +196,23 @@ def recorded(path: Path, rank: int) -> Iterator[None]:
             error = EngineError("ENVIRONMENT-DISK", text, ENVIRONMENT)
         code = error.exit_code if isinstance(error, EngineError) else BUG
         detail = str(error) if isinstance(error, EngineError) else traceback.format_exc()
-        record = {"exit_code": code, "rank": rank, "message": shown(detail)}
         if not isinstance(error, (SystemExit, KeyboardInterrupt)):
-            _note(path, json.dumps(record, indent=2) + "\n")
+            _note(path, code, detail)
         if code == BUG and isinstance(error, Exception):
             print(f"[rank {rank}] {detail}", file=sys.stderr, flush=True)
             raise EngineError("BUG", f"{type(error).__name__}: {error}; the traceback above belongs in a report", BUG) from error
         if error is not caught:
             raise error from caught
         raise
+    finally:
+        _recording.pop()
 
 
-def _note(path: Path, text: str) -> None:
+def _note(path: Path, code: int, message: str) -> None:
     """All of it or nothing, and the first rank's alone: the disk may be what failed, and that must still be told."""
     with suppress(OSError):
         if path.parent.is_dir() and not path.exists():
             try:
-                path.write_text(text, encoding="utf-8")
+                path.write_text(json.dumps({"exit_code": code, "rank": rank_in_launch(), "message": shown(message)}, indent=2) + "\n", encoding="utf-8")
             except OSError:
                 path.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from engine import distributed
+from engine import distributed, watchdog
 from engine.attention import PackedAttention
 from engine.config import Data, Evaluate
 from engine.data.dataset import Dataset
@@ -82,6 +82,7 @@ class Evaluation:
         self.asked = dataset.questions()
         self.judged = np.concatenate([np.flatnonzero(dataset.source == number)[: cfg.rows or None] for number in range(len(dataset.sources))])
 
+    @watchdog.phase("evaluation")
     def run(self, model: nn.Module, whole: bool = False) -> Report:
         """Judges `model`; all ranks take part. The `whole` evaluation answers too, others only where the recipe asks for it."""
         cfg, every = self.cfg, len(self.asked)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine import adapter, gguf_in, gguf_out, lora
+from engine import adapter, gguf_in, gguf_out, lora, watchdog
 from engine.attention import PackedAttention
 from engine.config import Recipe
 from engine.data.dataset import Dataset
@@ -62,6 +62,7 @@ class Exporter:
         self.config = {**weights.read_config(base.folder), "vocab_size": model.config.vocab_size}
         self.rows = [torch.from_numpy(rows.read(document)[0][:TOKENS_OF_A_ROW].astype("int64")) for document in range(min(cfg.export.verify_rows, len(rows)))]
 
+    @watchdog.phase("export")
     def run(self, folder: Path) -> dict[Path, Agreement]:
         """Writes every export that the recipe asks for under `folder`; gives back where, and how near each is.
 

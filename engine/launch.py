@@ -7,10 +7,12 @@ may import torch.distributed beside distributed.py.
 import logging
 import os
 import signal
+import threading
 import traceback
 
 from engine import config
-from engine.errors import DONE, PEER, EngineError, run
+from engine.errors import DONE, ENVIRONMENT, PEER, PREEMPTED, EngineError, run
+from engine.signals import StopRequest
 
 TRAIN = "engine.train"
 
@@ -22,6 +24,11 @@ def main(argv: list[str]) -> int:
         logging.disable(logging.CRITICAL)
     # Told to stop, ranks finish their step and save. A large checkpoint takes longer than torchrun's 30 seconds.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    # What torchrun sends on to the ranks; by itself it would die of Slurm's SIGUSR1, and not live on under nohup.
+    sent_on = [one for one in (*StopRequest.SIGNALS, signal.SIGHUP, signal.SIGQUIT) if signal.getsignal(one) != signal.SIG_IGN]
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(one.name for one in sent_on))
+    for one in StopRequest.SIGNALS:  # until there are ranks
+        signal.signal(one, lambda *_: os._exit(PREEMPTED))
 
     if "--standalone" in argv:  # torch's way listens on every interface of the machine, without a password
         at, meeting = argv.index("--standalone"), os.memfd_create("meeting")  # of one node: a file, and in memory
@@ -35,6 +42,9 @@ def main(argv: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
 
+    if TRAIN in argv:  # ranks start with these held back, until they can note them; for this process a thread without a task takes them
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_BLOCK, StopRequest.SIGNALS)
     try:
         torchrun.run(torchrun.parse_args(argv))  # main without its wrapper, which would log the failure once more
     except ChildFailedError as error:
@@ -44,6 +54,8 @@ def main(argv: list[str]) -> int:
     except SignalException as error:
         return code_after(error.sigval, exit_codes_of_ranks(error))
     except (DistError, RendezvousError) as error:
+        if "EADDRINUSE" in str(error):
+            raise EngineError("ENVIRONMENT-PORT", "another program listens on MASTER_PORT here; set another, the same on all nodes", ENVIRONMENT) from error
         raise EngineError("PEER-MEETING", f"the nodes did not meet: {str(error).splitlines()[0].rstrip('.')}; expected the same "
                           "MASTER_ADDR, MASTER_PORT and NNODES on each, and each NODE_RANK once", PEER) from error
     return DONE
@@ -66,6 +78,8 @@ def code_after(signum: int, codes: list[int | None]) -> int:
     """The exit code of a launch that was told to stop by `signum`: the ranks' own if they had one to give."""
     if set(codes) == {DONE}:  # it came when the work was over
         return DONE
+    if all(code == -signum for code in codes):  # it came before they could note it: there was nothing to save
+        return PREEMPTED
     return next((code for code in codes if code is not None and code > 0 and code != PEER), 128 + signum)
 
 

@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from engine import watchdog
 from engine.config import Recipe, flat
 from engine.data.dataset import Dataset
 from engine.data.plan import Step
@@ -41,7 +42,7 @@ class Stopwatch:
     def start(self) -> None:
         self.marks: list[tuple[str, Any]] = [("", self._now())]
 
-    def waiting(self, part: str, items: Iterable[Any]) -> Iterator[Any]:
+    def waiting(self, part: str, items: Iterable[tuple[Step, Any]]) -> Iterator[tuple[Step, Any]]:
         """Goes over `items`. Waiting for one begins a step, and is spent in `part`."""
         iterator = iter(items)
         while True:
@@ -49,20 +50,30 @@ class Stopwatch:
             try:
                 item = next(iterator)
             except StopIteration:
+                watchdog.mark("after the last step", own=True)
                 return
             self.lap(part)
+            watchdog.now.step = item[0].number + 1
             yield item
 
     def lap(self, part: str) -> None:
         """All since the last mark was spent in `part`."""
         self.marks.append((part, self._now()))
+        watchdog.mark(f"after {part}")
 
     def read(self) -> dict[str, float]:
         """`time/<part>` for each part, and `time/step` for the whole."""
         seconds: dict[str, float] = {}
-        for (_, before), (part, after) in zip(self.marks, self.marks[1:], strict=False):
-            seconds[f"time/{part}"] = seconds.get(f"time/{part}", 0.0) + self._between(before, after)
+        for part, spent in self._laps():
+            seconds[f"time/{part}"] = seconds.get(f"time/{part}", 0.0) + spent
         return {**seconds, "time/step": sum(seconds.values())}
+
+    def spent(self, parts: Collection[str]) -> float:
+        """Seconds in these parts so far."""
+        return sum(spent for part, spent in self._laps() if part in parts)
+
+    def _laps(self) -> list[tuple[str, float]]:
+        return [(part, self._between(before, after)) for (_, before), (part, after) in zip(self.marks, self.marks[1:], strict=False)]
 
     def _now(self) -> Any:
         if not self.on_cuda:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine import checkpoint, distributed, optim
+from engine import checkpoint, distributed, optim, watchdog
 from engine.config import Checkpoint
 from engine.distributed import World
 
@@ -89,7 +89,10 @@ class Saver:
     def wait(self) -> None:
         """Until nothing is in flight. Raises what the thread met."""
         if self.thread:
-            self.thread.join()
+            with watchdog.phase("saving a checkpoint"):
+                while self.thread.is_alive():
+                    self.thread.join(1.0)
+                    watchdog.mark(watchdog.now.phase, own=True)  # it is at work, and other ranks may be waiting for this one
             self.thread = None
         if self.error:
             raise self.error

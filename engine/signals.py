@@ -1,20 +1,54 @@
-"""A request to stop: noted by a handler, obeyed by all ranks together at the end of the step."""
+"""A request to stop: noted by a handler, obeyed by all ranks together at the end of the step; before they have met, at once."""
 
+import os
 import signal
+import threading
 from types import FrameType
+
+from engine.errors import PREEMPTED, rank_in_launch
 
 
 class StopRequest:
-    """`asked` turns true on SIGTERM, SIGINT or SIGUSR1; a second one of them ends the process at once."""
+    """`asked` turns true on SIGTERM, SIGINT or SIGUSR1; a second one of them ends the process at once.
+
+    Until `ranks_agree` the first one leaves the block that the main thread is in, as Ctrl-C does: there is nothing to save yet.
+    Python runs handlers between two calls of its own, and a call into torch can wait for minutes. So a thread listens too.
+    """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def __init__(self) -> None:
-        self.asked = False
-        for number in self.SIGNALS:
-            signal.signal(number, self._note)
+        self.asked, self.at_once = False, True
+        self.before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        self.reads, writes = os.pipe()
+        os.set_blocking(writes, False)
+        self.outer = signal.set_wakeup_fd(writes)
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)  # which launch.py holds back
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def ranks_agree(self) -> None:
+        """From here on a request waits for the end of the step."""
+        self.at_once = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
-        for other in self.SIGNALS:
-            signal.signal(other, signal.SIG_DFL)
+        if self.at_once:
+            if rank_in_launch() == 0:
+                os.write(2, b"stopped as asked before the ranks had met: there is nothing to save\n")  # print may be at work below
+            raise SystemExit(PREEMPTED)
+
+    def _listen(self) -> None:
+        came = 0
+        while signals := os.read(self.reads, 1):
+            came += signals[0] in self.SIGNALS
+            if came == 2:
+                os._exit(128 + signals[0])
+
+    def __enter__(self) -> "StopRequest":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Signals do again what they did; the end of the pipe ends the thread."""
+        os.close(signal.set_wakeup_fd(self.outer))
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

@@ -13,11 +13,12 @@ from functools import partial
 from pathlib import Path
 
 from engine import config, errors
+from engine.signals import StopRequest
 
 
 def main(argv: list[str]) -> int:
     # ---- Recipe: every mistake in it is told here, before torch takes its seconds to import -------------------------
-    cfg = config.load(argv)
+    cfg, stop = config.load(argv), StopRequest()
 
     from engine import adapter, blackbox, checkpoint, distributed, export, hub, metrics, optim, precision, report, rundir
     from engine.attention import PackedAttention
@@ -30,11 +31,12 @@ def main(argv: list[str]) -> int:
     from engine.loss import summed_cross_entropy
     from engine.models import weights
     from engine.saver import Saver
-    from engine.signals import StopRequest
+    from engine.stragglers import Stragglers
 
     # ---- Run directory: a finished one is left alone, an unfinished one goes on from its newest whole checkpoint ----
     run, rank = rundir.choose(cfg), errors.rank_in_launch()
-    with rundir.locked(run, rank), errors.recorded(run / "last_error.json", rank), Saver(run / "checkpoints", cfg.checkpoint, rank == 0) as saver:
+    with (stop, rundir.locked(run, rank), errors.recorded(run / "last_error.json", rank), distributed.losses_told(),
+          Saver(run / "checkpoints", cfg.checkpoint, rank == 0) as saver):
         newest = checkpoint.newest_whole(run / "checkpoints") if rank == 0 else None
 
         # ---- Data: tokenised, packed and checked before ranks wait for each other -----------------------------------
@@ -52,7 +54,8 @@ def main(argv: list[str]) -> int:
 
         # ---- Processes ----------------------------------------------------------------------------------------------
         world = distributed.init(cfg.train.device, cfg.train.timeout_s)
-        device, stop = world.device, StopRequest()
+        device = world.device
+        stop.ranks_agree()
         base.check_same(distributed.gather_text(base.commit or "", world))
 
         # ---- Model: trained weights are fp32 unless the optimizer takes bf16, frozen ones as the recipe says --------
@@ -115,7 +118,7 @@ def main(argv: list[str]) -> int:
         boxes = blackbox.Recorder(run, cfg, world, rows, tokenizer, trained, scale, ddp_model, forward, seen)
 
         # ---- Loop ---------------------------------------------------------------------------------------------------
-        watch, judged = metrics.Stopwatch(device), None
+        watch, stragglers, judged = metrics.Stopwatch(device), Stragglers(world), None
         steps = loader.Loader(rows, plan, world.rank, world.size, cfg.train.micro_batch, flops.of, device, start, num_steps)
         for step, batches in watch.waiting("data", steps):
             number, lr = step.number, optim.learning_rate(step.number, num_steps, cfg.optim)
@@ -132,8 +135,8 @@ def main(argv: list[str]) -> int:
                     watch.lap("backward")
 
             # Ranks agree on the losses, on having trained every document of the step once, on whether to stop and whether to save.
-            *losses, asked, timed, documents, numbers, tokens, targets = distributed.sum_over_ranks(
-                [*losses.tolist(), stop.asked, saver.is_due(), *ledger.Counts.of(batches)], world)
+            *losses, asked, timed, documents, numbers, tokens, targets = stragglers.noted(distributed.sum_over_ranks(
+                [*losses.tolist(), stop.asked, saver.is_due(), *ledger.Counts.of(batches), *stragglers.own(watch)], world))
             counted += ledger.as_planned(step, (documents, numbers, tokens, targets))
             norm = optim.gradient_norm(trained.values(), scale.value)
             finite, used_scale = math.isfinite(sum(losses)) and math.isfinite(norm), scale.value

@@ -9,7 +9,7 @@ ENGINE = ROOT / "engine"
 # A module imports from lower floors, or from its own package. Commands stand on top and nothing imports them.
 FLOORS = [
     {"errors", "tensorfile"},
-    {"hub"},
+    {"hub", "watchdog"},
     {"config", "arguments", "publish", "page"},
     {"distributed", "dropout", "linear", "signals", "record", "events", "space"},
     {"precision", "loss", "cpu_attention", "adamw_bf16"},
@@ -17,7 +17,7 @@ FLOORS = [
     {"models", "lora", "data"},
     {"metrics", "optim", "checkpoint", "sampling", "gguf_in", "adapter"},
     {"gguf_out", "restarts"},
-    {"evaluate", "export", "rundir", "saver", "blackbox"},
+    {"evaluate", "export", "rundir", "saver", "blackbox", "stragglers"},
     {"report"},
     {"plain"},
     {"train", "generate", "convert", "audit", "bench", "launch"},

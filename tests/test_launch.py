@@ -96,7 +96,7 @@ def test_a_rank_killed_first_is_the_cause_whatever_the_others_said():
 
 
 @pytest.mark.parametrize("codes, code", [
-    ([], 143), ([None, None], 143), ([-15, -15], 143), ([0, None], 143),
+    ([], PREEMPTED), ([None, None], 143), ([-15, -15], PREEMPTED), ([143, 143], 143), ([-9, -9], 143), ([0, None], 143),
     ([0, 0], DONE), ([0, PREEMPTED], PREEMPTED), ([PEER, PREEMPTED], PREEMPTED),
 ])
 def test_a_stopped_launch_returns_what_the_ranks_returned(codes, code):

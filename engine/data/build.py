@@ -10,7 +10,6 @@ and index.json with what there is to know of the whole. Rows are kept at their f
 beyond it are decided when the arrays are read, so changing them tokenises nothing.
 """
 
-import ctypes
 import hashlib
 import json
 import os
@@ -34,7 +33,7 @@ from engine.data.formats import FORMATS, BadRow, Row
 from engine.data.reading import FileSurvey, Span, position, records, state_of
 from engine.data.template import TEMPLATES
 from engine.data.tokenizer import Tokenizer, Tokens, learnt, tell_controls, tokenise
-from engine.errors import ENVIRONMENT, EngineError
+from engine.errors import ENVIRONMENT, EngineError, die_with_parent
 
 VERSION = 4  # of the arrays' meaning and of the code that makes them; a change makes old caches strangers
 FIRST_BYTES = 64 << 10  # of a first row that is kept as text, for templates to be compared on
@@ -142,8 +141,7 @@ class _Worker:
 
     def _serve(self, write: Callable[[int], dict[str, Any]], asked: socket.socket) -> NoReturn:
         try:
-            with suppress(AttributeError, OSError):  # not Linux: then it ends with its span
-                ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan writes beside the next launch's build
+            die_with_parent()  # no orphan writes beside the next launch's build; where that cannot be had, it ends with its span
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # those that reach all processes; the one that forked this one ends it
                 signal.signal(number, signal.SIG_IGN)
             with asked.makefile("rw", encoding="utf-8") as stream:
