@@ -54,7 +54,7 @@ def build(folder: Path, init: str, seed: int, dtype: torch.dtype, arithmetic: to
         tensors = read_folder(folder, {name: tensor.shape for name, tensor in model.state_dict().items()},
                               {"lm_head.weight"} if config.tie_word_embeddings else set(), dtype, device)
     for name, tensor in tensors:
-        if not all(map(math.isfinite, torch.aminmax(tensor))):
+        if not tensor.is_meta and not all(map(math.isfinite, torch.aminmax(tensor))):
             raise EngineError("MODEL-NOT-FINITE", f"{folder}: {name} holds NaN or an infinity, expected numbers; fetch or convert the weights again")
         owner = model.get_submodule(name.rpartition(".")[0])
         owner._parameters[name.rpartition(".")[2]] = nn.Parameter(tensor)
