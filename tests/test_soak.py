@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, ragged_rows, write_rows
 from test_resume import result, steps_done
 
-from engine.errors import DONE, PREEMPTED
+from engine.errors import DONE, PEER, PREEMPTED
 
 MINUTES = float(os.environ.get("SOAK_MINUTES", 30))
 EVERY_S = 60
@@ -29,7 +29,7 @@ class Run:
     """A launch of the same command, again and again, until it is done."""
 
     def __init__(self, arguments: list[str], folder: Path) -> None:
-        self.folder, self.log = folder, folder.parent / f"{folder.name}.log"
+        self.folder, self.log = folder, folder.parents[1] / f"{folder.name}.log"
         self.command = [sys.executable, "-m", "engine.launch", "--standalone", "--nproc-per-node", str(RANKS), "-m", "engine.train", *arguments]
         self.codes: list[int] = []
         self.start()
@@ -50,6 +50,7 @@ class Run:
         self.codes.append(self.process.returncode)
         if self.process.returncode == DONE:
             return True
+        assert self.codes[-1] in (PEER, PREEMPTED, -signal.SIGKILL), self.log.read_text()[-5000:]
         self.start()
         return False
 
@@ -103,7 +104,7 @@ def test_soak(recipe, tmp_path, capsys):
     draw = random.Random(seed)
     rows = write_rows(tmp_path / "validation.jsonl", ragged_rows(VALIDATION_ROWS))
     options = ["model.dropout=0.2", "data.packing=true", "train.epochs=1000000", "checkpoint.each_epoch=false", "checkpoint.every_s=2",
-               "checkpoint.keep=3", "optim.lr=1e-3", "optim.schedule=constant", "export.kinds=[]"]
+               "checkpoint.keep=3", "optim.lr=1e-3", "optim.schedule=constant", "export.kinds=[]", "data.too_long=truncate"]
     judging = [f"data.validation={rows}", "evaluate.every_steps=5", "evaluate.each_epoch=false", "evaluate.at_start=false"]
     run = Run(recipe(*options, *judging, "train.max_steps=1000000", name="soak"), tmp_path / "runs" / "soak")
     began, faults, lost = time.monotonic(), [], 0.0
