@@ -125,7 +125,7 @@ class Watchdog:
         self.heard = dict.fromkeys(self.others, 0.0)  # when, by that clock
         self.answered = 0.0
         self.main = threading.main_thread().ident
-        now.since = time.monotonic()
+        vars(now).update(vars(Progress(since=time.monotonic())))
         self.tell()
 
     @staticmethod

@@ -156,7 +156,7 @@ def test_ranks_do_not_outlive_a_launcher_that_is_killed(recipe, launch, tmp_path
     started.process.kill()
     started.process.wait()
     until(lambda: not started.processes(), "ranks live on", 10)
-    assert saved(run) >= 10
+    assert saved(run) >= 5  # that of step 10 may have been on its way
 
 
 @pytest.mark.faults

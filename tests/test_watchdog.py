@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +129,16 @@ def test_an_exception_on_one_rank_is_told_there_and_ends_the_others(faulted, tmp
     assert json.loads((tmp_path / "runs/run/last_error.json").read_text())["exit_code"] == BUG
 
 
+eaten: list[bytearray] = []
+
+
 def without_memory() -> None:
+    """No more from the system, and of what this process has free, as one that is forked has, nothing in pieces of 64 KiB."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 18), resource.RLIM_INFINITY))
+    with suppress(MemoryError):
+        while True:
+            eaten.append(bytearray(1 << 16))
 
 
 def test_a_rank_without_memory_says_so_and_ends_the_others(faulted, tmp_path):
