@@ -38,22 +38,26 @@ class Report(ctypes.Structure):
         return {name: getattr(self, name) for name in self.COUNTS}
 
 
-def build(sources: Path = SOURCES) -> ctypes.CDLL:
-    """The library of some sources; skips the test where there is no g++."""
+def compile_once(sources: Path, name: str, *options: str, optimize: str = "-O2") -> Path:
+    """The library of sources/NAME.cpp, built by g++ where it is not there yet; skips the test where there is no g++."""
     compiler = shutil.which("g++")
     if not compiler:
         pytest.skip("needs g++")
-    command = [compiler, "-std=c++17", "-O2", "-march=native", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
-    text = [path.name + path.read_text() for path in sorted(sources.iterdir()) if path.suffix in (".h", ".cu", ".cpp")]
+    options = [optimize, "-march=native", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC", *options]
+    text = [torch.__version__] + [path.name + path.read_text() for path in sorted(sources.iterdir()) if path.suffix in (".h", ".cu", ".cpp")]
     machine = subprocess.run([compiler, "-march=native", "-Q", "--help=target", "--version"], capture_output=True, text=True, check=True).stdout
-    name = hashlib.sha256("\0".join([*command, machine, *text]).encode()).hexdigest()[:16]
-    library = Path(tempfile.gettempdir()) / f"engine-kernels-{name}.so"
+    digest = hashlib.sha256("\0".join([*options, machine, *text]).encode()).hexdigest()[:16]
+    library = Path(tempfile.gettempdir()) / f"engine-kernels-{name}-{digest}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            done = subprocess.run([*command, "-o", f"{folder}/it.so", str(sources / "emulator.cpp")], capture_output=True, text=True)
+            done = subprocess.run([compiler, str(sources / f"{name}.cpp"), *options, "-o", f"{folder}/it.so"], capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
             Path(folder, "it.so").rename(library)
-    found = ctypes.CDLL(str(library))
+    return library
+
+
+def build(sources: Path = SOURCES) -> ctypes.CDLL:
+    found = ctypes.CDLL(str(compile_once(sources, "emulator", "-std=c++17")))
     for function in (found.emulate_forward, found.emulate_backward):
         function.argtypes, function.restype = [ctypes.POINTER(Params), ctypes.c_uint64], Report
     return found
@@ -62,6 +66,17 @@ def build(sources: Path = SOURCES) -> ctypes.CDLL:
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL:
     return build()
+
+
+@lru_cache(maxsize=1)
+def operators() -> None:
+    """Gives the operators of engine/fused_attention.py the emulator's code on CPUs, by way of kernels/bindings.cpp."""
+    from torch.utils import cpp_extension
+
+    kernels = compile_once(SOURCES, "emulator", "-std=c++17")
+    paths = [f"-isystem{path}" for path in cpp_extension.include_paths()] + [f"-L{path}" for path in cpp_extension.library_paths()]
+    bindings = compile_once(SOURCES, "bindings", "-std=c++20", "-DDEVICE=CPU", *paths, str(kernels), "-ltorch_cpu", "-lc10", optimize="-O0")
+    torch.ops.load_library(bindings)
 
 
 class Guarded:
@@ -139,4 +154,4 @@ def _params(case: Case, memory: Guarded) -> Params:
     return params
 
 
-__all__ = ["BLOCK", "Case", "Report", "build", "run_backward", "run_forward", "tile_list"]
+__all__ = ["BLOCK", "SOURCES", "Case", "Report", "build", "operators", "run_backward", "run_forward", "tile_list"]
