@@ -9,7 +9,7 @@ from conftest import TINY
 from emulation import operators
 from torch.utils.checkpoint import checkpoint
 
-from engine import attention, fused_attention
+from engine import attention, bench, fused_attention
 from engine.attention import PackedAttention
 from engine.errors import USER, EngineError
 from engine.fused_attention import tile_list
@@ -197,3 +197,23 @@ def test_a_batch_that_is_not_the_announced_one_is_refused():
     with pytest.raises(ValueError, match="window 5"):
         PackedAttention([130], CPU, "fused")(0, q, k, v, 5)
     assert PackedAttention([100, 30], CPU, "fused")(0, q.float(), k.float(), v.float()).dtype == torch.float32
+
+
+def test_the_benchmark_runs(capsys, monkeypatch):
+    command = ["attention", "--device", "cpu", "--mean", "30", "--head-dim", "64", "--group", "8", "--tokens", "70", "--rounds", "1"]
+    bench.main(command)
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| 30 | 64 | 32/4 | ")]
+    assert [row[3] for row in rows] == [name for name, _ in bench.KERNELS.values()]
+    assert [row[4].startswith("not possible: ") for row in rows] == [False, False, True, True, False]
+    assert all(float(row[5]) >= 0 and row[4].endswith(" ms") for row in rows if "not possible" not in row[4])
+    right = fused_attention.fused_attention
+    monkeypatch.setattr(fused_attention, "fused_attention", lambda *given: right(*given) * 1.1)
+    with pytest.raises(EngineError, match="fused is off by 1.0e-01"):
+        bench.main(command)
+    assert sum(bench.documents(5000, 150, torch.Generator().manual_seed(0))) == 5000
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_benchmark_needs_a_gpu():
+    with pytest.raises(EngineError, match="E-BENCH-DEVICE"):
+        bench.main(["attention"])
