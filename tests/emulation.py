@@ -5,16 +5,16 @@ import hashlib
 import shutil
 import subprocess
 import tempfile
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
+from packs import Case
 from torch import Tensor
 
-from engine.fused_attention import BLOCK, tile_list
+from engine.fused_attention import BLOCK
 
 SOURCES = ROOT / "kernels"
 TYPES = {torch.bfloat16: 0, torch.float16: 1}
@@ -38,26 +38,26 @@ class Report(ctypes.Structure):
         return {name: getattr(self, name) for name in self.COUNTS}
 
 
-def compile_once(sources: Path, name: str, *options: str, optimize: str = "-O2") -> Path:
-    """The library of sources/NAME.cpp, built by g++ where it is not there yet; skips the test where there is no g++."""
+def compile_once(sources: Path, name: str, *options: str, optimize: str = "-O2", link: tuple[str, ...] = ()) -> Path:
+    """The library of a source, built by g++ where it is not there yet; skips the test where there is no g++."""
     compiler = shutil.which("g++")
     if not compiler:
         pytest.skip("needs g++")
     options = [optimize, "-march=native", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC", *options]
     text = [torch.__version__] + [path.name + path.read_text() for path in sorted(sources.iterdir()) if path.suffix in (".h", ".cu", ".cpp")]
     machine = subprocess.run([compiler, "-march=native", "-Q", "--help=target", "--version"], capture_output=True, text=True, check=True).stdout
-    digest = hashlib.sha256("\0".join([*options, machine, *text]).encode()).hexdigest()[:16]
-    library = Path(tempfile.gettempdir()) / f"engine-kernels-{name}-{digest}.so"
+    digest = hashlib.sha256("\0".join([*options, *link, machine, *text]).encode()).hexdigest()[:16]
+    library = Path(tempfile.gettempdir()) / f"engine-kernels-{name.partition('.')[0]}-{digest}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            done = subprocess.run([compiler, str(sources / f"{name}.cpp"), *options, "-o", f"{folder}/it.so"], capture_output=True, text=True)
+            done = subprocess.run([compiler, *options, "-o", f"{folder}/it.so", str(sources / name), *link], capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
             Path(folder, "it.so").rename(library)
     return library
 
 
 def build(sources: Path = SOURCES) -> ctypes.CDLL:
-    found = ctypes.CDLL(str(compile_once(sources, "emulator", "-std=c++17")))
+    found = ctypes.CDLL(str(compile_once(sources, "emulator.cpp", "-std=c++17")))
     for function in (found.emulate_forward, found.emulate_backward):
         function.argtypes, function.restype = [ctypes.POINTER(Params), ctypes.c_uint64], Report
     return found
@@ -73,9 +73,10 @@ def operators() -> None:
     """Gives the operators of engine/fused_attention.py the emulator's code on CPUs, by way of kernels/bindings.cpp."""
     from torch.utils import cpp_extension
 
-    kernels = compile_once(SOURCES, "emulator", "-std=c++17")
-    paths = [f"-isystem{path}" for path in cpp_extension.include_paths()] + [f"-L{path}" for path in cpp_extension.library_paths()]
-    bindings = compile_once(SOURCES, "bindings", "-std=c++20", "-DDEVICE=CPU", *paths, str(kernels), "-ltorch_cpu", "-lc10", optimize="-O0")
+    kernels = compile_once(SOURCES, "emulator.cpp", "-std=c++17")
+    include, where = [f"-isystem{path}" for path in cpp_extension.include_paths()], [f"-L{path}" for path in cpp_extension.library_paths()]
+    link = (*where, str(kernels), "-ltorch_cpu", "-lc10")
+    bindings = compile_once(SOURCES, "bindings.cpp", "-std=c++20", "-DDEVICE=CPU", *include, optimize="-O0", link=link)
     torch.ops.load_library(bindings)
 
 
@@ -96,19 +97,6 @@ class Guarded:
 
     def check(self) -> None:
         assert all(bool((margin == POISON).all()) for margin in self.margins), "written outside of a tensor"
-
-
-@dataclass
-class Case:
-    """Tensors of a launch, and what it reported. `cosine`, `sine`: (T, C / 2) in q's type, or None."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    tiles: Tensor
-    scale: float
-    cosine: Tensor | None = None
-    sine: Tensor | None = None
 
 
 def run_forward(case: Case, seed: int = 0, kernels: ctypes.CDLL | None = None) -> tuple[Tensor, Tensor, Report]:
@@ -153,5 +141,3 @@ def _params(case: Case, memory: Guarded) -> Params:
         params.cosine, params.sine = memory.copy(case.cosine).data_ptr(), memory.copy(case.sine).data_ptr()
     return params
 
-
-__all__ = ["BLOCK", "SOURCES", "Case", "Report", "build", "operators", "run_backward", "run_forward", "tile_list"]
