@@ -9,7 +9,7 @@ from conftest import TINY
 from emulation import operators
 from torch.utils.checkpoint import checkpoint
 
-from engine import attention, bench, fused_attention
+from engine import attention, bench, fused_attention, verify
 from engine.attention import PackedAttention
 from engine.errors import USER, EngineError
 from engine.fused_attention import tile_list
@@ -98,7 +98,13 @@ def test_parts_of_one_projection_need_no_copies():
     whole = torch.randn(sum(LENGTHS), 8 * 64, dtype=BF16)
     parts = [x.unflatten(1, (-1, 64)) for x in whole.split([256, 128, 128], 1)]
     tiles = tile_list(LENGTHS)
-    assert torch.equal(fused_attention.fused_attention(*parts, tiles), fused_attention.fused_attention(*(x.contiguous() for x in parts), tiles))
+    found = []
+    for given in (parts, [x.contiguous() for x in parts]):
+        leaves = [x.detach().requires_grad_() for x in given]
+        out = fused_attention.fused_attention(*leaves, tiles)
+        out.sum().backward()  # whose gradient is a single number, expanded
+        found.append([out, *(leaf.grad for leaf in leaves)])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True)) and [x.is_contiguous() for x in parts] == [False] * 3
 
 
 @pytest.mark.parametrize(("spoil", "message"), [
@@ -157,6 +163,16 @@ def test_training_with_the_fused_path(trained, recipe, wide, tmp_path):
         losses[path] = [json.loads(line)["train/loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert "fused: fused kernels: " in (tmp_path / "runs/fused/run.json").read_text()
     assert losses["fused"] == pytest.approx(losses["reference"], rel=2e-3) and losses["fused"] != losses["reference"]
+
+
+@pytest.mark.faults
+def test_verify_holds_on_the_fused_path(ranks, recipe, wide):
+    packed = ("data.packing=true", "data.max_length=128", "train.global_batch=4")
+    arguments = recipe(f"model.path={wide}", "train.attention=fused", "train.precision=bf16", *packed)
+    started = ranks(1, lambda: verify.main(arguments))
+    assert started.wait(600) == [0], started.log.read_text()
+    said = started.log.read_text()
+    assert "attention fused = reference, bfloat16" in said and "All 9 checks hold" in said, said
 
 
 def test_the_choice_tries_the_kernels_and_says_why(monkeypatch):
