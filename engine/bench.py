@@ -290,7 +290,7 @@ def _attention_rows(args: argparse.Namespace, width: int, heads: int, kv_heads: 
             if not off <= APART:
                 raise EngineError("BENCH-DIFFERENT", f"{kernel} is off by {off:.1e} on documents of {mean}; its figures would mean nothing", BUG)
             found[kernel] = _kernel_figures(attend, leaves, grad, args.rounds, device)
-        except (RuntimeError, ImportError, ValueError) as error:  # not made for this, or out of memory
+        except (RuntimeError, ImportError, TypeError, ValueError) as error:  # not made for this, or out of memory
             found[kernel] = (str(error).strip() or type(error).__name__).splitlines()[0]
     for kernel, figures in found.items():
         row = f"| {mean} | {width} | {heads}/{kv_heads} | {KERNELS[kernel][0]} |"
@@ -369,6 +369,7 @@ def _flex(lengths: list[int], device: torch.device, width: int) -> Attend:
         raise ValueError("has no backward on CPUs")
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
     mask = create_block_mask(lambda b, h, query, key: (query >= key) & (document[query] == document[key]), None, None, len(document), len(document), device)
+    torch._dynamo.reset()  # or after eight shapes it would no longer compile
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
