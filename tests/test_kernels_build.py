@@ -1,38 +1,34 @@
 """setup.py and the extension: what is said where it cannot be built, and that it builds, loads and registers where nvcc is."""
 
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import setuptools
 from conftest import ROOT
 
 
-def setup(folder: Path, *arguments: str, before: str = "", **environment: str) -> str:
-    """Runs setup.py of a copy of the sources, after some statements, and returns what it printed."""
-    if not folder.exists():
-        folder.mkdir()
-        for name in ("setup.py", "pyproject.toml"):
-            shutil.copy(ROOT / name, folder)
-        for name in ("engine", "kernels"):
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    code = f"{before}\nimport runpy, sys; sys.argv = ['setup.py', *{arguments!r}]; runpy.run_path('setup.py', run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, env={**os.environ, **environment})
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
-
-
-@pytest.mark.parametrize(("before", "reason"), [
-    ("import sys; sys.modules['torch'] = None", "torch cannot be imported"),
-    ("import torch; torch.version.cuda = None", "is built without CUDA"),
-    ("import torch; from torch.utils import cpp_extension; torch.version.cuda, cpp_extension.CUDA_HOME = '13.0', None",
-     "no nvcc; set CUDA_HOME to the folder of CUDA 13.0"),
+@pytest.mark.parametrize(("missing", "reason"), [
+    ({"torch": None}, "torch cannot be imported"), ({"torch.version.cuda": None}, r"torch .* is built without CUDA"),
+    ({"torch.version.cuda": "13.0", "torch.utils.cpp_extension.CUDA_HOME": None}, "no nvcc; set CUDA_HOME to the folder of CUDA 13.0"),
 ])
-def test_without_what_it_needs_the_extension_is_left_out_and_why_is_said(tmp_path, before, reason):
-    said = setup(tmp_path / "sources", "--version", before=before)
-    assert "engine._C, the CUDA kernels, is not built: " in said and reason in said
+def test_without_what_it_needs_the_extension_is_left_out_and_why_is_said(monkeypatch, capsys, missing, reason):
+    given = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **options: given.update(options))
+    monkeypatch.chdir(ROOT)
+    for name, value in missing.items():
+        if name == "torch":
+            monkeypatch.setitem(sys.modules, name, value)
+        else:
+            monkeypatch.setattr(name, value)
+    runpy.run_path("setup.py")
+    assert re.search(rf"^engine._C, the CUDA kernels, is not built: {reason}", capsys.readouterr().out, re.MULTILINE)
+    assert given["name"] and "ext_modules" not in given
 
 
 @pytest.mark.faults
@@ -48,10 +44,14 @@ def test_the_extension_is_built_and_brings_the_operators(tmp_path):
         subprocess.run(["gcc", "-shared", "-x", "c", "-o", libraries / f"lib{name}.so", "/dev/null"], check=True)
     known = ("import torch; from torch.utils import cpp_extension\n"
              f"if not torch.version.cuda: torch.version.cuda, cpp_extension.CUDA_HOME = '13.0', {str(home)!r}")
-    said = setup(tmp_path / "sources", "build_ext", "--inplace", before=known, LIBRARY_PATH=str(libraries), TORCH_CUDA_ARCH_LIST="8.0", MAX_JOBS="1")
-    assert list((tmp_path / "sources/engine").glob("_C.*.so")), said
+    sources = tmp_path / "sources"
+    shutil.copytree(ROOT, sources, ignore=shutil.ignore_patterns("*.so", "__pycache__", ".*", "runs", "tests", "build"))
+    code = f"{known}\nimport runpy, sys; sys.argv = ['setup.py', 'build_ext', '--inplace']; runpy.run_path('setup.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=sources, capture_output=True, text=True,
+                          env={**os.environ, "LIBRARY_PATH": str(libraries), "TORCH_CUDA_ARCH_LIST": "8.0", "MAX_JOBS": "1"})
+    assert list((sources / "engine").glob("_C.*.so")), done.stdout[-2000:] + done.stderr[-4000:]
     code = ("from engine import fused_attention as f; assert f._missing('cuda') is None, f._missing('cuda'); import torch; "
             "print(torch._C._dispatch_has_kernel_for_dispatch_key('engine::attention_backward', 'CUDA'))")
     paths = f"{libraries}:{home}/lib64:{os.environ.get('LD_LIBRARY_PATH', '')}"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "sources", capture_output=True, text=True, env={**os.environ, "LD_LIBRARY_PATH": paths})
+    done = subprocess.run([sys.executable, "-c", code], cwd=sources, capture_output=True, text=True, env={**os.environ, "LD_LIBRARY_PATH": paths})
     assert done.stdout.strip() == "True", done.stderr[-3000:]

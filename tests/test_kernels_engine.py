@@ -49,12 +49,11 @@ def inputs(tokens: int = sum(LENGTHS), dtype: torch.dtype = BF16) -> list[torch.
 def test_operators_keep_torchs_rules():
     q, k, v = inputs()
     tiles, angles = tile_list(LENGTHS), torch.rand(len(q), 32)
-    for turned in ((), (angles.cos().to(BF16), angles.sin().to(BF16))):
-        torch.library.opcheck(torch.ops.engine.attention.default, (q, k, v, tiles, 0.125, *turned))
-        out, lse = torch.ops.engine.attention(q, k, v, tiles, 0.125, *turned)
-        assert out.requires_grad and not lse.requires_grad
-        given = [x.detach() for x in (out, q, k, v, out, lse)]
-        torch.library.opcheck(torch.ops.engine.attention_backward.default, (*given, tiles, 0.125, *turned))
+    shared = (tiles, 0.125, angles.cos().to(BF16), angles.sin().to(BF16))
+    torch.library.opcheck(torch.ops.engine.attention.default, (q, k, v, *shared))
+    out, lse = torch.ops.engine.attention(q, k, v, *shared)
+    assert out.requires_grad and not lse.requires_grad
+    torch.library.opcheck(torch.ops.engine.attention_backward.default, (*(x.detach() for x in (out, q, k, v, out, lse)), *shared))
 
 
 def test_gradients_are_slopes():
