@@ -12,41 +12,31 @@
 
 namespace attention {
 
-constexpr int strip(int width) { return width == 128 ? 32 : BLOCK; }
+constexpr int strip(int width) { return width == 128 ? 32 : BLOCK; }  // as many scores at once as registers allow
 
-template <class T_, int C>
+template <class T, int C>
 struct GradQ {
-    using T = T_;
-    using B = Blocks<T, C, strip(C)>;
-    static constexpr int STRIP = strip(C), LANES = THREADS, SHARED = 4 * B::BYTES, AT_ONCE = C == 64 ? 3 : 2;
+    static constexpr int STRIP = strip(C);
+    using B = Blocks<T, C, STRIP>;
+    static constexpr int LANES = THREADS, SHARED = 4 * B::BYTES, AT_ONCE = C == 64 ? 3 : 2;
 
     SIMT static void run(Simt simt, const Params &p) {
         const Tile tile = p.tiles[simt.block_y()];
         if (tile.length == 0) return;
         const Place place(tile, false);
-        const int head = simt.block_x(), kv_head = head / (p.heads / p.kv_heads);
+        const int head = simt.block_x();
         const int64_t stride = static_cast<int64_t>(p.heads) * C, own = place.first * stride + head * C;
-        const T *q = static_cast<const T *>(p.q) + place.first * p.q_stride + head * C;
-        const T *k = static_cast<const T *>(p.k) + place.start * p.k_stride + kv_head * C;
-        const T *v = static_cast<const T *>(p.v) + place.start * p.v_stride + kv_head * C;
-        const T *cosine = static_cast<const T *>(p.cosine) + place.start * (C / 2), *sine = static_cast<const T *>(p.sine) + place.start * (C / 2);
-        const T *own_cosine = cosine + place.block * BLOCK * (C / 2), *own_sine = sine + place.block * BLOCK * (C / 2);
-        const auto stage = [&](int block) { return simt.shared() + block % 2 * 2 * B::BYTES; };
-        const auto load_keys = [&](int block) {
-            const int rows = block == place.block ? place.rows : BLOCK;
-            B::load(simt, stage(block), k + block * BLOCK * p.k_stride, p.k_stride, rows);
-            B::load(simt, stage(block) + B::BYTES, v + block * BLOCK * p.v_stride, p.v_stride, rows);
-            simt.commit();
-        };
+        const Angles angles{p, place.first};
+        const Keys<T, C, B> keys(p, place, head);
 
         // q and grad_out come by way of the stage that is not needed yet, out by way of the other.
-        const uint32_t spare = stage(place.block + 1);
-        B::load(simt, spare, q, p.q_stride, place.rows);
+        const uint32_t spare = keys.stage(simt, place.block + 1), busy = keys.stage(simt, place.block);
+        B::load(simt, spare, static_cast<const T *>(p.q) + place.first * p.q_stride + head * C, p.q_stride, place.rows);
         B::load(simt, spare + B::BYTES, static_cast<const T *>(p.grad_out) + own, stride, place.rows);
-        B::load(simt, stage(place.block), static_cast<const T *>(p.out) + own, stride, place.rows);
+        B::load(simt, busy, static_cast<const T *>(p.out) + own, stride, place.rows);
         simt.commit();
-        simt.template wait<0>();
-        if (p.cosine) B::rotate(simt, spare, own_cosine, own_sine, place.rows);
+        simt.wait<0>();
+        B::rotate(simt, spare, angles, place.rows);
         simt.barrier();
         typename B::Rows queries, grads;
         B::read(simt, queries, spare);
@@ -56,7 +46,7 @@ struct GradQ {
         UNROLL
         for (int step = 0; step < B::STEPS; ++step) {
             Fragment out;
-            simt.ldmatrix(out, B::left(simt, stage(place.block), B::warp_row(simt), 2 * step));
+            simt.ldmatrix(out, B::left(simt, busy, B::warp_row(simt), 2 * step));
             UNROLL
             for (int i = 0; i < 4; ++i) {
                 const float2 o = simt.unpack<T>(out[i]), g = simt.unpack<T>(grads[step][i]);
@@ -72,26 +62,22 @@ struct GradQ {
             lse[half] = p.lse[row + 8 * half] * LOG2_E;
         }
         simt.barrier();
-        load_keys(place.block);
+        keys.load(simt, place.block);
 
         const float scale = p.scale * LOG2_E;
         typename B::Output grad_q;
         clear(grad_q);
         for (int block = place.block; block >= 0; --block) {
-            simt.template wait<0>();
-            if (p.cosine) B::rotate(simt, stage(block), cosine + block * BLOCK * (C / 2), sine + block * BLOCK * (C / 2), block == place.block ? place.rows : BLOCK);
-            simt.barrier();  // this stage has come for all, and all have done with the other
-            if (block > 0) load_keys(block - 1);
-
+            const uint32_t k = keys.next(simt, block), v = k + B::BYTES;
             UNROLL_BY(1)
             for (int first = 0; first < BLOCK; first += STRIP) {
                 typename B::Scores scores, slopes;
                 clear(scores);
                 clear(slopes);
                 UNROLL
-                for (int step = 0; step < B::STEPS; ++step) B::multiply_transposed(simt, scores, queries[step], stage(block), first, step);
+                for (int step = 0; step < B::STEPS; ++step) B::multiply_transposed(simt, scores, queries[step], k, first, step);
                 UNROLL
-                for (int step = 0; step < B::STEPS; ++step) B::multiply_transposed(simt, slopes, grads[step], stage(block) + B::BYTES, first, step);
+                for (int step = 0; step < B::STEPS; ++step) B::multiply_transposed(simt, slopes, grads[step], v, first, step);
                 UNROLL
                 for (int n = 0; n < STRIP / 8; ++n) {
                     UNROLL
@@ -101,7 +87,7 @@ struct GradQ {
                         slopes[n][i] = hidden ? 0.f : simt.exp2(fmaf(scores[n][i], scale, -lse[i / 2])) * (slopes[n][i] - delta[i / 2]);
                     }
                 }
-                B::multiply(simt, grad_q, slopes, stage(block), first);
+                B::multiply(simt, grad_q, slopes, k, first);
             }
         }
 
@@ -110,19 +96,18 @@ struct GradQ {
             UNROLL
             for (int i = 0; i < 4; ++i) grad_q[n][i] *= p.scale;
         }
-        if (p.cosine) B::rotate_back(simt, grad_q, own_cosine, own_sine, place.rows);
+        B::rotate_back(simt, grad_q, angles, place.rows);
         simt.barrier();
         B::store(simt, grad_q, simt.shared(), static_cast<T *>(p.grad_q) + own, stride, place.rows);
     }
 };
 
-template <class T_, int C>
+template <class T, int C>
 struct GradKV {
-    using T = T_;
-    using B = Blocks<T, C, strip(C)>;
-    static constexpr int ROW_FLOATS = BLOCK * 4;  // bytes of lse, and of delta, of a block
-    static constexpr int STAGE = 2 * B::BYTES + 2 * ROW_FLOATS;
-    static constexpr int STRIP = strip(C), LANES = THREADS, SHARED = 2 * B::BYTES + 2 * STAGE, AT_ONCE = 2;
+    static constexpr int STRIP = strip(C);
+    using B = Blocks<T, C, STRIP>;
+    static constexpr int LSE = BLOCK * 4, STAGE = 2 * B::BYTES + 2 * LSE;  // bytes: of a block's lse, and of delta; of a stage
+    static constexpr int LANES = THREADS, SHARED = 2 * B::BYTES + 2 * STAGE, AT_ONCE = 2;
 
     SIMT static void run(Simt simt, const Params &p) {
         const Tile tile = p.tiles[simt.block_y()];
@@ -132,8 +117,7 @@ struct GradKV {
         const int64_t stride = static_cast<int64_t>(p.heads) * C, kv_stride = static_cast<int64_t>(p.kv_heads) * C;
         const T *q = static_cast<const T *>(p.q) + place.start * p.q_stride;
         const T *grad_out = static_cast<const T *>(p.grad_out) + place.start * stride;
-        const T *cosine = static_cast<const T *>(p.cosine) + place.start * (C / 2), *sine = static_cast<const T *>(p.sine) + place.start * (C / 2);
-        const T *own_cosine = cosine + place.block * BLOCK * (C / 2), *own_sine = sine + place.block * BLOCK * (C / 2);
+        const Angles angles{p, place.first};
         const uint32_t keys = simt.shared(), values = keys + B::BYTES;
 
         // Steps: the blocks of queries from the diagonal on, for one query head after another.
@@ -156,10 +140,8 @@ struct GradKV {
         B::load(simt, values, static_cast<const T *>(p.v) + place.first * p.v_stride + kv_head * C, p.v_stride, place.rows);
         simt.commit();
         load_queries(0);
-        if (p.cosine) {
-            simt.template wait<1>();
-            B::rotate(simt, keys, own_cosine, own_sine, place.rows);
-        }
+        simt.wait<1>();
+        B::rotate(simt, keys, angles, place.rows);
 
         const float scale = p.scale * LOG2_E;
         typename B::Output grad_k, grad_v;
@@ -167,10 +149,11 @@ struct GradKV {
         clear(grad_v);
         for (int step = 0; step < steps; ++step) {
             const int block = query_block(step);
-            simt.template wait<0>();
-            if (p.cosine) B::rotate(simt, stage(step), cosine + block * BLOCK * (C / 2), sine + block * BLOCK * (C / 2), query_rows(step));
+            simt.wait<0>();
+            B::rotate(simt, stage(step), Angles{p, place.start + block * BLOCK}, query_rows(step));
             simt.barrier();  // this stage has come for all, and all have done with the other
             if (step + 1 < steps) load_queries(step + 1);
+            const uint32_t queries = stage(step), grads = queries + B::BYTES, lses = grads + B::BYTES, deltas = lses + LSE;
 
             UNROLL_BY(1)
             for (int first = 0; first < BLOCK; first += STRIP) {
@@ -181,11 +164,11 @@ struct GradKV {
                 for (int k = 0; k < B::STEPS; ++k) {
                     Fragment rows;
                     simt.ldmatrix(rows, B::left(simt, keys, B::warp_row(simt), 2 * k));
-                    B::multiply_transposed(simt, scores, rows, stage(step), first, k);
+                    B::multiply_transposed(simt, scores, rows, queries, first, k);
                 }
                 UNROLL
                 for (int n = 0; n < STRIP / 8; ++n) {
-                    const float2 lse = simt.load_shared8(stage(step) + 2 * B::BYTES + (first + 8 * n + B::lane_column(simt)) * 4);
+                    const float2 lse = simt.load_shared8(lses + (first + 8 * n + B::lane_column(simt)) * 4);
                     UNROLL
                     for (int i = 0; i < 4; ++i) {
                         const int query = first + 8 * n + B::lane_column(simt) + i % 2, key = B::warp_row(simt) + B::lane_row(simt) + 8 * (i / 2);
@@ -193,20 +176,20 @@ struct GradKV {
                         scores[n][i] = hidden ? 0.f : simt.exp2(fmaf(scores[n][i], scale, -(i % 2 ? lse.y : lse.x) * LOG2_E));
                     }
                 }
-                B::multiply(simt, grad_v, scores, stage(step) + B::BYTES, first);
+                B::multiply(simt, grad_v, scores, grads, first);
                 UNROLL_BY(2)  // more, and registers do not suffice
                 for (int k = 0; k < B::STEPS; ++k) {
                     Fragment rows;
                     simt.ldmatrix(rows, B::left(simt, values, B::warp_row(simt), 2 * k));
-                    B::multiply_transposed(simt, slopes, rows, stage(step) + B::BYTES, first, k);
+                    B::multiply_transposed(simt, slopes, rows, grads, first, k);
                 }
                 UNROLL
                 for (int n = 0; n < STRIP / 8; ++n) {
-                    const float2 delta = simt.load_shared8(stage(step) + 2 * B::BYTES + ROW_FLOATS + (first + 8 * n + B::lane_column(simt)) * 4);
+                    const float2 delta = simt.load_shared8(deltas + (first + 8 * n + B::lane_column(simt)) * 4);
                     UNROLL
                     for (int i = 0; i < 4; ++i) slopes[n][i] = scores[n][i] * (slopes[n][i] - (i % 2 ? delta.y : delta.x));
                 }
-                B::multiply(simt, grad_k, slopes, stage(step), first);
+                B::multiply(simt, grad_k, slopes, queries, first);
             }
         }
 
@@ -215,7 +198,7 @@ struct GradKV {
             UNROLL
             for (int i = 0; i < 4; ++i) grad_k[n][i] *= p.scale;
         }
-        if (p.cosine) B::rotate_back(simt, grad_k, own_cosine, own_sine, place.rows);
+        B::rotate_back(simt, grad_k, angles, place.rows);
         simt.barrier();
         const int64_t own = place.first * kv_stride + kv_head * C;
         B::store(simt, grad_k, keys, static_cast<T *>(p.grad_k) + own, kv_stride, place.rows);

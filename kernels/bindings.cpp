@@ -23,16 +23,18 @@ using attention::BLOCK;
 using attention::Params;
 
 void check(bool holds, const char *what, const Tensor &got, const char *expected) {
-    TORCH_CHECK(holds, "engine::attention: ", what, " is ", got.scalar_type(), got.sizes(), " with strides ", got.strides(), " on ", got.device(), ", expected ",
-                expected);
+    TORCH_CHECK(holds, "engine::attention: ", what, " is ", got.scalar_type(), got.sizes(), " with strides ", got.strides(), " on ", got.device(),
+                ", expected ", expected);
 }
 
 // Heads end to end within a token, tokens a multiple of 16 bytes apart, on one device and of one type.
 void check_rows(const Tensor &x, const char *name, const Tensor &q) {
     check(x.dim() == 3 && x.size(0) == q.size(0) && x.size(2) == q.size(2), name, x, "(tokens, heads, head_dim), with as many tokens and head_dim as q");
     check(x.scalar_type() == q.scalar_type() && x.device() == q.device(), name, x, "q's type and device");
-    check(x.size(1) > 0 && x.stride(2) == 1 && (x.stride(1) == x.size(2) || x.size(1) == 1), name, x, "a token's heads end to end in memory; call contiguous()");
-    check(x.stride(0) % 8 == 0 && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0, name, x, "tokens that begin at multiples of 16 bytes; call contiguous()");
+    check(x.size(1) > 0 && x.stride(2) == 1 && (x.stride(1) == x.size(2) || x.size(1) == 1), name, x,
+          "a token's heads end to end in memory; call contiguous()");
+    check(x.stride(0) % 8 == 0 && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0, name, x,
+          "tokens that begin at multiples of 16 bytes; call contiguous()");
 }
 
 void check_whole(const Tensor &x, const char *name, c10::IntArrayRef sizes, c10::ScalarType type, const Tensor &q) {

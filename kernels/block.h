@@ -15,15 +15,21 @@ constexpr float LOG2_E = 1.4426950408889634f;
 using Fragment = uint32_t[4];  // a 16x16 piece of a left operand, or two 16x8 pieces of a right one
 using Sums = float[4];         // a 16x8 piece of a product
 
+// The angles by which q and k are turned, where they are, from a token on.
+struct Angles {
+    const Params &p;
+    int64_t token;
+};
+
 // The blocks of one kernel: C elements to a row, of type T. Scores are taken of STRIP rows of a block at a time, which
 // is all 64 where registers allow.
 template <class T, int C, int STRIP>
 struct Blocks {
     static constexpr int CHUNKS = C / 8, STEPS = C / 16, BYTES = BLOCK * C * 2;
 
-    using Rows = Fragment[STEPS];      // a warp's 16 rows of a block, as a left operand
-    using Scores = Sums[STRIP / 8];    // 16 rows x STRIP columns
-    using Output = Sums[C / 8];        // 16 rows x C columns
+    using Rows = Fragment[STEPS];    // a warp's 16 rows of a block, as a left operand
+    using Scores = Sums[STRIP / 8];  // 16 rows x STRIP columns
+    using Output = Sums[C / 8];      // 16 rows x C columns
 
     SIMT static uint32_t address(uint32_t block, int row, int chunk) { return block + row * C * 2 + ((chunk ^ (row & 7)) * 16); }
 
@@ -48,7 +54,10 @@ struct Blocks {
     }
 
     // Turns the pairs (x[i], x[i + C / 2]) of each row by the row's angles; a lane turns what it has copied itself.
-    SIMT static void rotate(Simt &simt, uint32_t block, const T *cosine, const T *sine, int rows) {
+    SIMT static void rotate(Simt &simt, uint32_t block, const Angles &angles, int rows) {
+        if (!angles.p.cosine) return;
+        const T *cosine = static_cast<const T *>(angles.p.cosine) + angles.token * (C / 2);
+        const T *sine = static_cast<const T *>(angles.p.sine) + angles.token * (C / 2);
         each_pair(simt, [&](int row, int one, int other, int odd) {
             const int64_t at = (row < rows ? row : 0) * (C / 2) + (odd ? other : one) * 8;
             const Words cosines = simt.load16(cosine + at), sines = simt.load16(sine + at);
@@ -113,7 +122,10 @@ struct Blocks {
     }
 
     // Turns sums back: what rotate's transpose makes of them.
-    SIMT static void rotate_back(Simt &simt, Output &output, const T *cosine, const T *sine, int rows) {
+    SIMT static void rotate_back(Simt &simt, Output &output, const Angles &angles, int rows) {
+        if (!angles.p.cosine) return;
+        const T *cosine = static_cast<const T *>(angles.p.cosine) + angles.token * (C / 2);
+        const T *sine = static_cast<const T *>(angles.p.sine) + angles.token * (C / 2);
         UNROLL
         for (int n = 0; n < C / 16; ++n) {
             UNROLL
@@ -165,8 +177,8 @@ SIMT void clear(Sums (&sums)[N]) {
 
 // A tile's place in the packed rows.
 struct Place {
-    int block, blocks, rows;   // which of the document's blocks, of how many, and how many of its rows are tokens
-    int64_t start, first;      // token at which the document begins, and the block
+    int block, blocks, rows;  // which of the document's blocks, of how many, and how many of its rows are tokens
+    int64_t start, first;     // token at which the document begins, and the block
 
     // From the document's first block on, or, `backwards`, from its last.
     SIMT Place(const Tile &tile, bool backwards) {
@@ -178,7 +190,42 @@ struct Place {
     }
 };
 
-// What `body` is made for among types and head widths: body(T(), width). Others are the caller's to refuse.
+// What a block of queries sees: the blocks of k and v from the diagonal on backwards. Two stages of shared memory take turns:
+// while one is worked on, the next blocks are on their way to the other, so that a step has a single barrier.
+template <class T, int C, class B>
+struct Keys {
+    const Params &p;
+    const Place &place;
+    const T *k, *v;
+
+    SIMT Keys(const Params &p, const Place &place, int head) : p(p), place(place) {
+        const int kv_head = head / (p.heads / p.kv_heads);
+        k = static_cast<const T *>(p.k) + place.start * p.k_stride + kv_head * C;
+        v = static_cast<const T *>(p.v) + place.start * p.v_stride + kv_head * C;
+    }
+
+    // Where a block of k is, and after it that of v. That of `place.block + 1`, which nobody sees, is free to begin with.
+    SIMT uint32_t stage(const Simt &simt, int block) const { return simt.shared() + block % 2 * 2 * B::BYTES; }
+
+    SIMT int rows(int block) const { return block == place.block ? place.rows : BLOCK; }
+
+    SIMT void load(Simt &simt, int block) const {
+        B::load(simt, stage(simt, block), k + block * BLOCK * p.k_stride, p.k_stride, rows(block));
+        B::load(simt, stage(simt, block) + B::BYTES, v + block * BLOCK * p.v_stride, p.v_stride, rows(block));
+        simt.commit();
+    }
+
+    // Waits for a block that has been loaded, and begins with the one before it.
+    SIMT uint32_t next(Simt &simt, int block) const {
+        simt.wait<0>();
+        B::rotate(simt, stage(simt, block), Angles{p, place.start + block * BLOCK}, rows(block));
+        simt.barrier();  // this stage has come for all, and all have done with the other
+        if (block > 0) load(simt, block - 1);
+        return stage(simt, block);
+    }
+};
+
+// What kernels are made for among types and head widths. Others are the caller's to refuse.
 template <class Type, int WIDTH>
 struct Kind {
     using T = Type;

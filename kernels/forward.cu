@@ -1,16 +1,14 @@
 // out = softmax(scale * q k^T) v and its log-sum-exp, over the blocks of keys from the diagonal backwards.
 //
 // A warp keeps its 16 rows of q, the sums of their output, and what softmax needs of each row: the largest score so far
-// and the sum of exponentials (Milakov and Gimelshein 2018; Dao 2023). Two stages of shared memory take turns: while one
-// is worked on, the next blocks of k and v are on their way to the other, so a step has a single barrier.
+// and the sum of exponentials (Milakov and Gimelshein 2018; Dao 2023).
 
 #include "block.h"
 
 namespace attention {
 
-template <class T_, int C>
+template <class T, int C>
 struct Forward {
-    using T = T_;
     using B = Blocks<T, C, BLOCK>;
     static constexpr int LANES = THREADS, SHARED = 4 * B::BYTES, AT_ONCE = C == 64 ? 3 : 2;
 
@@ -18,28 +16,19 @@ struct Forward {
         const Tile tile = p.tiles[simt.block_y()];
         if (tile.length == 0) return;
         const Place place(tile, false);
-        const int head = simt.block_x(), kv_head = head / (p.heads / p.kv_heads);
-        const T *q = static_cast<const T *>(p.q) + place.first * p.q_stride + head * C;
-        const T *k = static_cast<const T *>(p.k) + place.start * p.k_stride + kv_head * C;
-        const T *v = static_cast<const T *>(p.v) + place.start * p.v_stride + kv_head * C;
-        const T *cosine = static_cast<const T *>(p.cosine) + place.start * (C / 2), *sine = static_cast<const T *>(p.sine) + place.start * (C / 2);
-        const auto stage = [&](int block) { return simt.shared() + block % 2 * 2 * B::BYTES; };
-        const auto load_keys = [&](int block) {
-            const int rows = block == place.block ? place.rows : BLOCK;
-            B::load(simt, stage(block), k + block * BLOCK * p.k_stride, p.k_stride, rows);
-            B::load(simt, stage(block) + B::BYTES, v + block * BLOCK * p.v_stride, p.v_stride, rows);
-            simt.commit();
-        };
+        const int head = simt.block_x();
+        const Keys<T, C, B> keys(p, place, head);
 
         // q comes by way of the stage that is not needed yet.
-        B::load(simt, stage(place.block + 1), q, p.q_stride, place.rows);
+        const uint32_t spare = keys.stage(simt, place.block + 1);
+        B::load(simt, spare, static_cast<const T *>(p.q) + place.first * p.q_stride + head * C, p.q_stride, place.rows);
         simt.commit();
-        load_keys(place.block);
-        simt.template wait<1>();
-        if (p.cosine) B::rotate(simt, stage(place.block + 1), cosine + place.block * BLOCK * (C / 2), sine + place.block * BLOCK * (C / 2), place.rows);
+        keys.load(simt, place.block);
+        simt.wait<1>();
+        B::rotate(simt, spare, Angles{p, place.first}, place.rows);
         simt.barrier();
         typename B::Rows queries;
-        B::read(simt, queries, stage(place.block + 1));
+        B::read(simt, queries, spare);
 
         const float scale = p.scale * LOG2_E;
         float largest[2] = {-INFINITY, -INFINITY}, sum[2] = {0.f, 0.f};
@@ -47,15 +36,11 @@ struct Forward {
         clear(output);
 
         for (int block = place.block; block >= 0; --block) {
-            simt.template wait<0>();
-            if (p.cosine) B::rotate(simt, stage(block), cosine + block * BLOCK * (C / 2), sine + block * BLOCK * (C / 2), block == place.block ? place.rows : BLOCK);
-            simt.barrier();  // this stage has come for all, and all have done with the other
-            if (block > 0) load_keys(block - 1);
-
+            const uint32_t k = keys.next(simt, block), v = k + B::BYTES;
             typename B::Scores scores;
             clear(scores);
             UNROLL
-            for (int step = 0; step < B::STEPS; ++step) B::multiply_transposed(simt, scores, queries[step], stage(block), 0, step);
+            for (int step = 0; step < B::STEPS; ++step) B::multiply_transposed(simt, scores, queries[step], k, 0, step);
             if (block == place.block) {
                 UNROLL
                 for (int n = 0; n < BLOCK / 8; ++n) {
@@ -86,7 +71,7 @@ struct Forward {
                 UNROLL
                 for (int n = 0; n < C / 8; ++n) output[n][2 * half] *= shrink, output[n][2 * half + 1] *= shrink;
             }
-            B::multiply(simt, output, scores, stage(block) + B::BYTES, 0);
+            B::multiply(simt, output, scores, v, 0);
         }
 
         float *lse = p.lse + (static_cast<int64_t>(head) * p.tile_count + tile.slot + place.block) * BLOCK;

@@ -166,19 +166,19 @@ def test_tiles_are_longest_first_and_name_every_block_once():
 # What is changed where, the first time it occurs; and what then is seen.
 ONLY = ("block.h", r"if \(params.type == BF16\) .*\n.*", "return params.head_dim == 64 ? body(Kind<bf16, 64>()) : 1;")  # compiles in a third of the time
 PLANTED = {
-    "missing wait": ("forward.cu", r"wait<0>\(\)", "wait<1>()", "before the copy to it was waited for"),
-    "missing barrier": ("forward.cu", r"simt.barrier\(\);(  // this stage)", r"\1", "race: "),
+    "missing wait": ("block.h", r"wait<0>\(\)", "wait<1>()", "before the copy to it was waited for"),
+    "missing barrier": ("block.h", r"simt.barrier\(\);(  // this stage)", r"\1", "race: "),
     "mask off by one": ("forward.cu", r"(8 \* \(i / 2\)\) scores)", r"1 + \1", "out: "),
     "wrong fragment": ("block.h", r"columns\[0\], columns\[1\]", "columns[0], columns[2]", "out: "),
-    "document boundary": ("forward.cu", r"p.v\) \+ place.start", "p.v) + 0", "out: "),
+    "document boundary": ("block.h", r"p.v\) \+ place.start", "p.v) + 0", "out: "),
 }
 RARER = {
     "barrier of the backward": ("backward.cu", r"simt.barrier\(\);(  // this stage)", r"\1", "race: |before the copy"),
-    "barrier before what was q's stage": ("backward.cu", r"simt.barrier\(\);\n( *load_keys)", r"\1", "race: "),
+    "barrier before what was q's stage": ("backward.cu", r"simt.barrier\(\);\n( *keys.load)", r"\1", "race: "),
     "copy into the stage in use": ("backward.cu", r"step % 2 \* STAGE", "0 * step * STAGE", "before the copy to it was waited for|race: "),
     "rows of the next document": ("backward.cu", r"\? BLOCK : tile.length - \(place.blocks - 1\) \* BLOCK", "? BLOCK : BLOCK", "grad_[kv]: "),
     "rows past the end are written": ("block.h", r"if \(row < rows\) simt.store16", "if (row <= rows) simt.store16", "written outside"),
-    "first head's keys for all": ("forward.cu", r"kv_head = head / \(p.heads / p.kv_heads\)", "kv_head = head % p.kv_heads", "out: "),
+    "first head's keys for all": ("block.h", r"kv_head = head / \(p.heads / p.kv_heads\)", "kv_head = head % p.kv_heads", "out: "),
     "no swizzle": ("block.h", r"\^ lane / 16 \^ lane % 8", "^ lane / 16", "bank conflicts"),
     "banks": ("block.h", r"odd = row & 1", "odd = 0", "bank conflicts"),
     "sum not over the quad": ("forward.cu", r"sum\[half\] \+= simt.xor_lane\(sum\[half\], 2\);", "", "out: "),
