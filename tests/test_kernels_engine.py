@@ -216,9 +216,10 @@ def test_a_batch_that_is_not_the_announced_one_is_refused():
 
 
 def test_the_benchmark_runs(capsys, monkeypatch):
-    command = ["attention", "--device", "cpu", "--mean", "30", "--head-dim", "64", "--group", "8", "--tokens", "70", "--rounds", "1"]
+    monkeypatch.setattr(bench, "WIDTH", 256)
+    command = ["attention", "--device", "cpu", "--mean", "30", "--head-dim", "64", "--group", "4", "--tokens", "70", "--rounds", "1"]
     bench.main(command)
-    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| 30 | 64 | 32/4 | ")]
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| 30 | 64 | 4/1 | ")]
     assert [row[3] for row in rows] == [name for name, _ in bench.KERNELS.values()]
     assert [row[4].startswith("not possible: ") for row in rows] == [False, False, True, True, False]
     assert all(float(row[5]) >= 0 and row[4].endswith(" ms") for row in rows if "not possible" not in row[4])
