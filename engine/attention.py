@@ -24,7 +24,6 @@ from engine.errors import EngineError
 # a call of its own would cost more: little filling, few calls. What fills up a packed sequence is such a short document.
 SHORTEST_IN_CALL, FEW_TOKENS = 0.7, 16
 
-
 # The lengths on which the fused kernels are tried, around their blocks' borders, and how far off they may be: times what the reference
 # is off in the same type.
 TRIED, TRIED_LIMIT = (1, 100, 65, 200), 2.0
