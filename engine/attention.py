@@ -7,13 +7,16 @@ itself included; None sees all. In training `attend` is a `PackedAttention`, in 
 Shapes, here and in models/: T tokens of all documents, H query heads, K key/value heads, C head width.
 """
 
+import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine import fused_attention
 from engine.cpu_attention import cpu_attention
 from engine.errors import EngineError
 
@@ -21,14 +24,35 @@ from engine.errors import EngineError
 # a call of its own would cost more: little filling, few calls. What fills up a packed sequence is such a short document.
 SHORTEST_IN_CALL, FEW_TOKENS = 0.7, 16
 
+# The lengths on which the fused kernels are tried, around their blocks' borders, and how far off they may be: times what the reference
+# is off in the same type.
+TRIED, TRIED_LIMIT = (1, 100, 65, 200), 2.0
 
-def choose(requested: str, device: torch.device, arithmetic: torch.dtype) -> tuple[str, str]:
+
+class Heads(Protocol):
+    """What of a model's config attention has to do with."""
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    windows: tuple[int | None, ...]
+
+
+def choose(requested: str, device: torch.device, arithmetic: torch.dtype, heads: Heads | None = None) -> tuple[str, str]:
     """The path in use and why.
 
-    `sdpa`: torch's kernel, documents of like length side by side; `cpu`: ours, likewise; `reference`: a dense mask.
+    `sdpa`: torch's kernel, documents of like length side by side; `cpu`: ours, likewise; `reference`: a dense mask; `fused`: our kernels
+    for CUDA, all documents in one launch, which are tried here on heads like the model's.
     """
     if requested == "cpu" and device.type != "cpu":
         raise EngineError("CONFIG-ATTENTION", f"train.attention=cpu: got device {device.type}, expected cpu; set train.attention=auto")
+    if requested == "fused" or (requested == "auto" and device.type == "cuda" and heads):
+        fused, why = _try_fused(device, arithmetic, heads)
+        if requested == "fused" and not fused:
+            raise EngineError("CONFIG-ATTENTION", f"train.attention=fused: {why}; set train.attention=auto")
+        if fused:
+            return "fused", f"{why}; {'asked for' if requested == 'fused' else 'one launch for all documents'}"
+        return "sdpa", f"torch's kernel per document, nothing is spent across documents; not fused: {why}"
     if requested == "auto" and device.type == "cpu" and arithmetic.itemsize < 4:
         return "cpu", "blocks of documents: torch's kernel for CPUs is slow and less exact in 16 bits"
     if requested == "auto":
@@ -36,24 +60,59 @@ def choose(requested: str, device: torch.device, arithmetic: torch.dtype) -> tup
     return requested, "asked for; a dense mask, costs the square of the pack" if requested == "reference" else "asked for"
 
 
+def _try_fused(device: torch.device, dtype: torch.dtype, heads: Heads | None) -> tuple[bool, str]:
+    """Whether the fused kernels do what the model needs, and are right at it; and what was found."""
+    if heads is None:
+        return False, "the model's heads are not known here"
+    if reason := fused_attention.refusal(device, dtype, heads.head_dim, heads.windows):
+        return False, reason
+    try:
+        ratio = compare("fused", device, dtype, heads)
+    except RuntimeError as error:  # a launch that failed, as with an extension made for another GPU
+        return False, str(error).splitlines()[0]
+    found = f"{ratio:.2f} × the reference's own error on {heads.num_attention_heads}/{heads.num_key_value_heads} heads of {heads.head_dim}"
+    return ratio <= TRIED_LIMIT, f"fused kernels: {found}" + f", expected at most {TRIED_LIMIT:g} ×" * (not ratio <= TRIED_LIMIT)
+
+
+def compare(path: str, device: torch.device, dtype: torch.dtype, heads: Heads) -> float:
+    """A path's error on random documents, relative to what the reference has in the same type: the largest of output and gradients."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(sum(TRIED), count, heads.head_dim) for count in (heads.num_attention_heads, heads.num_key_value_heads, heads.num_key_value_heads)]
+    q, k, v, grad = (torch.randn(shape, generator=draw).to(device, dtype) for shape in (*shapes, shapes[0]))
+
+    def both_ways(path: str, dtype: torch.dtype) -> list[Tensor]:
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            out = PackedAttention(TRIED, device, path)(0, *inputs)
+            return [out.detach().double(), *(x.double() for x in torch.autograd.grad(out, inputs, grad.to(dtype)))]
+
+    exact = both_ways("reference", torch.float64)
+    ratios = [float((one - truth).norm() / (other - truth).norm()) for one, other, truth in
+              zip(both_ways(path, dtype), both_ways("reference", dtype), exact, strict=True)]
+    return math.nan if any(map(math.isnan, ratios)) else max(ratios)
+
+
 class PackedAttention:
     """Attention for one batch of documents with the given lengths; built once, shared by all layers.
 
     Args:
         lengths: tokens of each document, in the order in which they lie in the flat dimension.
-        path: "sdpa", "cpu" or "reference", as `choose` returned it.
+        path: "sdpa", "cpu", "fused" or "reference", as `choose` returned it. What is not in 16 bits goes by sdpa where it is "fused".
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device, path: str = "sdpa") -> None:
-        self.attend = self._reference if path == "reference" else self._documents
+        self.attend = {"reference": self._reference, "fused": self._fused}.get(path, self._documents)
         self.kernel = cpu_attention if path == "cpu" else _sdpa
         self.lengths = list(lengths)
-        starts = [0]
-        for length in self.lengths:
-            starts.append(starts[-1] + length)
         if path == "reference":
             self.document = torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths)).to(device)
+        elif path == "fused":
+            self.tiles = fused_attention.tile_list(self.lengths).to(device, non_blocking=True)
+            self.device = device
         else:
+            starts = [0]
+            for length in self.lengths:
+                starts.append(starts[-1] + length)
             self.gathers, self.restore = self._side_by_side(starts, device)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
@@ -92,6 +151,17 @@ class PackedAttention:
             q_BHTC, k_BKTC, v_BKTC = (x[tokens].transpose(1, 2) if self.restore is not None else x[None].transpose(1, 2) for x in (q, k, v))
             outputs.append(self.kernel(q_BHTC, k_BKTC, v_BKTC, window).transpose(1, 2).flatten(0, 1))
         return outputs[0] if self.restore is None else torch.cat(outputs)[self.restore]
+
+    @cached_property
+    def by_sdpa(self) -> "PackedAttention":
+        return PackedAttention(self.lengths, self.device)
+
+    def _fused(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        if q.dtype not in fused_attention.TYPES:
+            return self.by_sdpa(0, q, k, v, window)
+        if window is not None or len(q) != sum(self.lengths):
+            raise ValueError(f"fused attention: {len(q)} tokens and window {window}, expected {sum(self.lengths)} and none")
+        return fused_attention.fused_attention(q, k, v, self.tiles)
 
     def _reference(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         q_HTC, k_KTC, v_KTC = (x.transpose(0, 1) for x in (q, k, v))

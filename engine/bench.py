@@ -5,6 +5,12 @@
 `data`: rows as text -> ids and masks, packed and on disk. Every side does it in a process of its own, in turns, round after round;
 medians count. The clock starts when libraries are imported and the tokenizer is loaded, which has a column of its own; the start of
 this engine's workers, who load it too, is in its time. Ids and masks of all sides are compared before a figure is printed.
+
+    python -m engine.bench attention
+
+`attention`: packs of documents through every kernel that takes them, forward and backward, on a GPU. Medians on random data; what a
+batch's layers share (tiles, masks, offsets) is made before. A causal product counts half, the backward 2.5 times the forward. Outputs
+and gradients are compared before a figure is printed.
 """
 
 import argparse
@@ -22,13 +28,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from engine.arguments import Parser, between
+from engine.attention import PackedAttention
 from engine.config import Data
 from engine.data import dataset
 from engine.data.plan import Plan
 from engine.data.tokenizer import load_tokenizer
-from engine.errors import BUG, EngineError, extra, run
+from engine.errors import BUG, ENVIRONMENT, EngineError, extra, run
+from engine.fused_attention import refusal
 
 BATCH = 1000  # rows that the libraries get at once, as datasets.map has it
 Ids = tuple[list[int], int]  # a row's ids, and how many of them are not learnt
@@ -233,10 +243,149 @@ def _version(name: str) -> str | None:
         return None
 
 
+# ---- attention -----------------------------------------------------------------------------------------------------------
+
+WIDTH = 2048  # heads × head width
+APART = 2e-2  # relative L2, of outputs and gradients in 16 bits: a kernel that is off by more computes something else
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def attention(argv: list[str]) -> None:
+    parser = Parser("bench attention", "python -m engine.bench attention", "TFLOP/s and memory of attention over packed documents: our kernels, and torch's.")
+    parser.add_argument("--mean", type=between(int, 1), nargs="+", default=[150, 300, 1000, 4000], help="tokens of a document, on average [150 300 1000 4000]")
+    parser.add_argument("--head-dim", type=between(int, 8, WIDTH), nargs="+", default=[64, 128], help=f"head widths; heads have {WIDTH} together [64 128]")
+    parser.add_argument("--group", type=between(int, 1), nargs="+", default=[1, 4, 8], help="query heads that share keys [1 4 8]")
+    parser.add_argument("--tokens", type=between(int, 1), default=16384, help="of a pack [16384]")
+    parser.add_argument("--rounds", type=between(int, 1), default=20, help="how often each is timed [20]")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu tries the benchmark out, no more [cuda]")
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise EngineError("BENCH-DEVICE", "bench attention: got no CUDA device, expected one", ENVIRONMENT)
+    from engine.rundir import commit, hardware
+
+    machine = hardware()
+    print(f"Packs of {args.tokens:,} tokens in bf16, medians of {args.rounds}. {', '.join(machine['gpus']) or machine['cpu']}, torch {torch.__version__}, "
+          f"CUDA {machine['cuda']}, commit {commit()[:7]}.\n\n| documents' mean | head width | heads | kernel | forward | TFLOP/s | backward | TFLOP/s "
+          "| both, of varlen's | memory |\n|---|---|---|---|---|---|---|---|---|---|")
+    for width in args.head_dim:
+        for group in args.group:
+            for mean in args.mean:
+                _attention_rows(args, width, WIDTH // width, max(1, WIDTH // width // group), mean)
+
+
+def _attention_rows(args: argparse.Namespace, width: int, heads: int, kv_heads: int, mean: int) -> None:
+    device, draw = torch.device(args.device), torch.Generator().manual_seed(mean)
+    lengths = documents(args.tokens, mean, draw)
+    q, k, v, grad = (torch.randn(args.tokens, count, width, generator=draw).to(device, torch.bfloat16) for count in (heads, kv_heads, kv_heads, heads))
+    flops = 2 * width * heads * sum(length**2 for length in lengths)  # 4 · n² · C, half of which a causal mask hides
+    found: dict[str, dict[str, float] | str] = {}
+    expected = None
+    for kernel, (_, prepare) in KERNELS.items():
+        try:
+            attend, leaves = prepare(lengths, device, width), [x.clone().requires_grad_() for x in (q, k, v)]
+            result = [out := attend(*leaves), *torch.autograd.grad(out, leaves, grad)]
+            result = [x.detach().float() for x in result]
+            expected = expected or result
+            off = max(float((x - truth).norm() / truth.norm()) for x, truth in zip(result, expected, strict=True))
+            if not off <= APART:
+                raise EngineError("BENCH-DIFFERENT", f"{kernel} is off by {off:.1e} on documents of {mean}; its figures would mean nothing", BUG)
+            found[kernel] = _kernel_figures(attend, leaves, grad, args.rounds, device)
+        except (RuntimeError, ImportError, TypeError, ValueError) as error:  # not made for this, or out of memory
+            found[kernel] = (str(error).strip() or type(error).__name__).splitlines()[0]
+    for kernel, figures in found.items():
+        row = f"| {mean} | {width} | {heads}/{kv_heads} | {KERNELS[kernel][0]} |"
+        if isinstance(figures, str):
+            print(f"{row} not possible: {figures} | | | | | |", flush=True)
+            continue
+        varlen = found["varlen"]
+        against = f"{(figures['forward'] + figures['backward']) / (varlen['forward'] + varlen['backward']):.2f} ×" if isinstance(varlen, dict) else ""
+        print(f"{row} {figures['forward'] * 1e3:.3f} ms | {flops / figures['forward'] / 1e12:.1f} | {figures['backward'] * 1e3:.3f} ms "
+              f"| {2.5 * flops / figures['backward'] / 1e12:.1f} | {against} | {figures['memory'] / 2**20:,.0f} MiB |", flush=True)
+
+
+def documents(tokens: int, mean: int, draw: torch.Generator) -> list[int]:
+    """Lengths that fill a pack: exponentially distributed, as of instruction data most are short."""
+    lengths: list[int] = []
+    while (left := tokens - sum(lengths)) > 0:
+        lengths.append(min(left, 1 + int(torch.empty(()).exponential_(1 / mean, generator=draw))))
+    return lengths
+
+
+def _kernel_figures(attend: Attend, leaves: list[Tensor], grad: Tensor, rounds: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of forward and backward, and the bytes that both take beside their inputs."""
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if on_gpu else 0
+    out = attend(*leaves)
+    torch.autograd.grad(out, leaves, grad)
+    memory = torch.cuda.max_memory_allocated() - before if on_gpu else 0
+    out = attend(*leaves)
+    return {"forward": _median(lambda: attend(*leaves), rounds, on_gpu), "memory": memory,
+            "backward": _median(lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True), rounds, on_gpu)}
+
+
+def _median(work: Callable[[], Any], rounds: int, on_gpu: bool) -> float:
+    seconds = []
+    for _ in range(rounds + 3 * on_gpu):  # the first few warm up
+        if on_gpu:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            work()
+            end.record()
+            end.synchronize()
+            seconds.append(begin.elapsed_time(end) / 1e3)
+        else:
+            begin = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds[3 * on_gpu :])
+
+
+def _packed(path: str) -> Callable[[list[int], torch.device, int], Attend]:
+    def prepare(lengths: list[int], device: torch.device, width: int) -> Attend:
+        if path == "fused" and (reason := refusal(device, torch.bfloat16, width, ())):
+            raise ValueError(reason)
+        packed = PackedAttention(lengths, device, path)
+        return lambda q, k, v: packed(0, q, k, v)
+
+    return prepare
+
+
+def _varlen(lengths: list[int], device: torch.device, width: int) -> Attend:
+    from torch.nn.attention.varlen import varlen_attn
+
+    if device.type != "cuda":
+        raise ValueError("made for CUDA devices")
+    ends, longest = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device), max(lengths)
+    return lambda q, k, v: varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _flex(lengths: list[int], device: torch.device, width: int) -> Attend:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    if device.type != "cuda":
+        raise ValueError("has no backward on CPUs")
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
+    mask = create_block_mask(lambda b, h, query, key: (query >= key) & (document[query] == document[key]), None, None, len(document), len(document), device)
+    torch._dynamo.reset()  # or after eight shapes it would no longer compile
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        return compiled(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])[0].transpose(0, 1)
+
+    return attend
+
+
+KERNELS = {"sdpa": ("torch SDPA, documents of like length together", _packed("sdpa")), "fused": ("ours, kernels/", _packed("fused")),
+           "varlen": ("torch.nn.attention.varlen", _varlen), "flex": ("FlexAttention, document mask", _flex),
+           "dense": ("torch SDPA, dense mask", _packed("reference"))}
 SIDES = {"ours": ("this engine, text to packed and cached", ours), "apart": ("transformers, fast and batched, prompt and answer apart", apart),
          "together": ("transformers, prompt and prompt with answer, as TRL", together),
          "datasets": ("the same in datasets.map, a process for each core", mapped), "cached": ("this engine, from its cache", ours)}
-BENCHES = {"data": data}
+BENCHES = {"data": data, "attention": attention}
 EXAMPLE = "python -m engine.bench data --model models/smollm2-135m --rows rows.jsonl"
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def measure(own: Recipe, narrow: Recipe, wide: Recipe, steps: int, folder: Path)
 
     documents, began = some(subject.rows, subject.plan.step(0).trained), time.perf_counter()
     types = precision.choose(own.train.precision, precision.DTYPES[own.model.dtype] if own.lora.used else None, world.device)
-    path, _ = choose_attention(own.train.attention, world.device, types.arithmetic)
+    path, _ = choose_attention(own.train.attention, world.device, types.arithmetic, subject.model.config)
     off = packed_and_alone(subject, documents, path, folder)
     between = time.perf_counter()
     ratio = attention(subject, documents, path, types)

@@ -61,10 +61,10 @@ def main(argv: list[str]) -> int:
         # ---- Model: trained weights are fp32 unless the optimizer takes bf16, frozen ones as the recipe says --------
         frozen = precision.DTYPES[cfg.model.dtype] if cfg.lora.used else None
         types = precision.choose(cfg.train.precision, frozen, device)
-        attention, why_attention = choose_attention(cfg.train.attention, device, types.arithmetic)
         keys = DropoutKeys(cfg.train.seed)
         model = weights.build(source, cfg.model.init, cfg.train.seed, precision.DTYPES[cfg.model.dtype], types.residual, device,
                               cfg.train.activation_checkpointing, cfg.model.dropout, keys)
+        attention, why_attention = choose_attention(cfg.train.attention, device, types.arithmetic, model.config)
         if cfg.model.add_tokens:
             weights.add_rows(model, tokenizer.size - len(cfg.model.add_tokens), tokenizer.size)
         adapter.attach(model, cfg.lora, keys, cfg.train.seed)
@@ -98,7 +98,7 @@ def main(argv: list[str]) -> int:
             rundir.describe(run, cfg, {"base": {"name": cfg.model.path, "commit": base.commit}, **facts, **identity}, start)
             ledger.write(run, rows, held_out, plan, start, counted)
         log.say(report.equation(run, cfg, base, plan, rows, num_steps, start, world.size, facts))
-        log.text("recipe", f"```\n{config.dump(cfg)}```", 0)
+        log.text("recipe", f"attention {facts['attention']}\n\n```\n{config.dump(cfg)}```", 0)
         log.text("rows", view.as_markdown(rows, tokenizer, 3), 0)
         evaluation = Evaluation(held_out, tokenizer, cfg.data, cfg.evaluate, attention, types, world) if held_out else None
         if evaluation and start == 0 and cfg.evaluate.at_start:

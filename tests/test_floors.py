@@ -12,7 +12,7 @@ FLOORS = [
     {"hub", "watchdog"},
     {"config", "arguments", "publish", "page"},
     {"distributed", "dropout", "linear", "signals", "record", "events", "space"},
-    {"precision", "loss", "cpu_attention", "adamw_bf16"},
+    {"precision", "loss", "cpu_attention", "fused_attention", "adamw_bf16"},
     {"attention"},
     {"models", "lora", "data"},
     {"metrics", "optim", "checkpoint", "sampling", "gguf_in", "adapter"},

@@ -1,0 +1,63 @@
+"""The attention kernels on a GPU: values, gradients, bits, and what compute-sanitizer says. Needs engine._C, see kernels/README.md."""
+
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT
+from packs import BF16, FP16, Case, judge, make
+
+from engine import attention
+from engine.fused_attention import BLOCK, fused_attention, refusal
+
+WHY_NOT = refusal(torch.device("cuda"), BF16, 64, ()) if torch.cuda.is_available() else "needs a CUDA device"
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
+
+
+def launch(case: Case, grad: torch.Tensor) -> list[torch.Tensor]:
+    leaves = [x.cuda().requires_grad_() for x in (case.q, case.k, case.v)]
+    turned = [None if x is None else x.cuda() for x in (case.cosine, case.sine)]
+    out = fused_attention(*leaves, case.tiles.cuda(), case.scale, *turned)
+    out.backward(grad.cuda())
+    return [x.cpu() for x in (out.detach(), *(leaf.grad for leaf in leaves))]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 1), (8, 1), (32, 8)])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("width", [64, 128])
+def test_random_documents(width, dtype, heads, kv_heads, rotary, seed):
+    lengths = torch.randint(1, 701, (5,), generator=torch.Generator().manual_seed(seed)).tolist() + [1, 64, 1]
+    case, grad = make(lengths, heads, kv_heads, width, dtype, rotary, capacity=sum(-(-n // BLOCK) for n in lengths) + 7, gap=8 * seed)
+    found = launch(case, grad)
+    judge(found, case, lengths, grad)
+    assert all(torch.equal(one, other) for one, other in zip(found, launch(case, grad), strict=True)), "another run, other bits"
+
+
+def test_on_a_stream_of_its_own_and_after_much_else():
+    case, grad = make([300, 20], 4, 2, 64, BF16, False)
+    expected = launch(case, grad)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(10_000_000)
+        found = launch(case, grad)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_the_run_takes_them():
+    heads = SimpleNamespace(num_attention_heads=32, num_key_value_heads=8, head_dim=64, windows=(None,))
+    path, why = attention.choose("auto", torch.device("cuda"), BF16, heads)
+    assert path == "fused", why
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
+def test_the_sanitizer_finds_nothing(tool):
+    if not shutil.which("compute-sanitizer"):
+        pytest.skip("needs compute-sanitizer")
+    code = "import sys; sys.path[:0] = ['tests', '.']; import test_kernels_cuda as t; t.launch(*t.make([70, 1, 130], 4, 1, 128, t.BF16, True))"
+    done = subprocess.run(["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", "--kernel-regex=kns=entry", sys.executable, "-c", code], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

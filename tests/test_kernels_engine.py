@@ -1,0 +1,236 @@
+"""The fused kernels as the engine uses them, with the emulator in the place of a GPU: the operators, and every path of attention alike."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import TINY
+from emulation import operators
+from torch.utils.checkpoint import checkpoint
+
+from engine import attention, bench, fused_attention, verify
+from engine.attention import PackedAttention
+from engine.errors import USER, EngineError
+from engine.fused_attention import tile_list
+from engine.loss import summed_cross_entropy
+from engine.models import weights
+
+CPU, BF16 = torch.device("cpu"), torch.bfloat16
+HEADS = SimpleNamespace(num_attention_heads=4, num_key_value_heads=2, head_dim=64, windows=(None,))
+LENGTHS = [70, 1, 9, 50]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def emulated():
+    operators()
+
+
+@pytest.fixture
+def wide(tiny, tmp_path):
+    """A model's folder with heads as the kernels have them."""
+    folder = tmp_path / "wide"
+    folder.mkdir()
+    config = {**TINY, "vocab_size": 340, "head_dim": 64, "num_hidden_layers": 2}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.model").write_bytes((tiny / "tokenizer.model").read_bytes())
+    weights.write_folder(folder, config, weights.untied(weights.build(folder, "random", 3, torch.float32, torch.float32, CPU)))
+    return folder
+
+
+def inputs(tokens: int = sum(LENGTHS), dtype: torch.dtype = BF16) -> list[torch.Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    return [torch.randn(tokens, count, 64, generator=draw).to(dtype).requires_grad_() for count in (4, 2, 2)]
+
+
+# ---- The operators -------------------------------------------------------------------------------------------------------
+
+
+def test_operators_keep_torchs_rules():
+    q, k, v = inputs()
+    tiles, angles = tile_list(LENGTHS), torch.rand(len(q), 32)
+    shared = (tiles, 0.125, angles.cos().to(BF16), angles.sin().to(BF16))
+    torch.library.opcheck(torch.ops.engine.attention.default, (q, k, v, *shared))
+    out, lse = torch.ops.engine.attention(q, k, v, *shared)
+    assert out.requires_grad and not lse.requires_grad
+    torch.library.opcheck(torch.ops.engine.attention_backward.default, (*(x.detach() for x in (out, q, k, v, out, lse)), *shared))
+
+
+def test_gradients_are_slopes():
+    """Along random directions, by central differences; in 16 bits torch.autograd.gradcheck would see roundings alone."""
+    given, tiles, draw = [x.detach() for x in inputs(dtype=torch.float16)], tile_list(LENGTHS), torch.Generator().manual_seed(1)
+    angles = torch.rand(len(given[0]), 32, generator=draw) * 6
+    turned = angles.cos().half(), angles.sin().half()
+    weight = torch.randn(given[0].shape, generator=draw)
+
+    def value(*moved: torch.Tensor) -> torch.Tensor:
+        return (fused_attention.fused_attention(*moved, tiles, None, *turned).float() * weight).sum()
+
+    leaves = [x.clone().requires_grad_() for x in given]
+    value(*leaves).backward()
+    for number, leaf in enumerate(leaves):
+        along = leaf.grad.float() / leaf.grad.float().abs().max() + 0.05 * torch.randn(leaf.shape, generator=draw)
+        moved = [[x if i != number else (x + sign * 0.1 * along).half() for i, x in enumerate(given)] for sign in (1, -1)]
+        step = moved[0][number].float() - moved[1][number].float()
+        slope, expected = float(value(*moved[0]) - value(*moved[1])), float((leaf.grad.float() * step).sum())
+        assert abs(slope - expected) <= 0.03 * abs(expected), (number, slope, expected)
+
+
+def test_compiled_and_recomputed_is_the_same():
+    tiles = tile_list(LENGTHS)
+
+    def attend(q, k, v):
+        return fused_attention.fused_attention(q * 2, k, v, tiles) + 1
+
+    def run(attend) -> list[torch.Tensor]:
+        leaves = inputs()
+        out = attend(*leaves)
+        out.square().sum().backward()
+        return [out, *(x.grad for x in leaves)]
+
+    plain = run(attend)
+    for other in (torch.compile(attend, backend="aot_eager", fullgraph=True), lambda *x: checkpoint(attend, *x, use_reentrant=False)):
+        assert all(torch.equal(one, same) for one, same in zip(plain, run(other), strict=True))
+
+
+def test_parts_of_one_projection_need_no_copies():
+    whole = torch.randn(sum(LENGTHS), 8 * 64, dtype=BF16)
+    parts = [x.unflatten(1, (-1, 64)) for x in whole.split([256, 128, 128], 1)]
+    tiles = tile_list(LENGTHS)
+    found = []
+    for given in (parts, [x.contiguous() for x in parts]):
+        leaves = [x.detach().requires_grad_() for x in given]
+        out = fused_attention.fused_attention(*leaves, tiles)
+        out.sum().backward()  # whose gradient is a single number, expanded
+        found.append([out, *(leaf.grad for leaf in leaves)])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True)) and [x.is_contiguous() for x in parts] == [False] * 3
+
+
+@pytest.mark.parametrize(("spoil", "message"), [
+    (lambda q, k, v, tiles: (q.float(), k, v, tiles), "q is Float.*expected bfloat16 or float16"),
+    (lambda q, k, v, tiles: (q[:, :, :32], k, v, tiles), "q is .*expected .* head_dim of 64 or 128"),
+    (lambda q, k, v, tiles: (q, k.half(), v, tiles), "k is Half.*expected q's type and device"),
+    (lambda q, k, v, tiles: (q, k[1:], v, tiles), "k is .*with as many tokens and head_dim as q"),
+    (lambda q, k, v, tiles: (q, k.transpose(0, 1).contiguous().transpose(0, 1), v, tiles), r"k is .*heads end to end in memory; call contiguous\(\)"),
+    (lambda q, k, v, tiles: (q, k, torch.zeros(len(v), 136, dtype=BF16)[:, 5:133].unflatten(1, (2, 64)), tiles), "v is .*multiples of 16 bytes"),
+    (lambda q, k, v, tiles: (q, k, torch.zeros(len(v), 133, dtype=BF16)[:, :128].unflatten(1, (2, 64)), tiles), "v is .*multiples of 16 bytes"),
+    (lambda q, k, v, tiles: (q[:, :3], k, v, tiles), "k is .*a divisor of q's"),
+    (lambda q, k, v, tiles: (q, k, v, tiles.long()), r"tiles is Long.*expected Int\[4, 4\], contiguous"),
+    (lambda q, k, v, tiles: (q, k, v, tiles, -1.0), "scale is -1, expected more than 0"),
+    (lambda q, k, v, tiles: (q, k, v, tiles, None, q[:, 0, :32].contiguous()), "expected cosine and sine or neither"),
+])
+def test_what_the_kernels_do_not_take_is_said(spoil, message):
+    with pytest.raises(RuntimeError, match=message), torch.no_grad():
+        fused_attention.fused_attention(*spoil(*(x.detach() for x in inputs()), tile_list([128, 1, 1])))
+
+
+# ---- The engine's paths --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+def test_all_paths_give_the_same_loss_and_gradients(wide, dtype):
+    draw = torch.Generator().manual_seed(4)
+    ids = torch.randint(340, (sum(LENGTHS),), generator=draw)
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])
+
+    def run(path: str, narrow: bool = True) -> tuple[float, list[torch.Tensor]]:
+        model = weights.build(wide, "pretrained", 0, torch.float32, torch.float32, CPU, checkpoint_every=2)
+        path = attention.choose(path, CPU, dtype, model.config)[0] if narrow else path
+        with torch.autocast("cpu", dtype, enabled=narrow):
+            hidden = model.train()(ids, positions, PackedAttention(LENGTHS, CPU, path))
+            loss = summed_cross_entropy(hidden[:-1], model.lm_head.weight, ids[1:])
+        loss.backward()
+        return float(loss.detach()), [parameter.grad.double() for parameter in model.parameters()]
+
+    def off(found: list[torch.Tensor]) -> float:
+        return float(sum((a - b).square().sum() for a, b in zip(found, exact, strict=True)) / sum(b.square().sum() for b in exact)) ** 0.5
+
+    truth, exact = run("reference", narrow=False)
+    loss, reference = run("reference")
+    for path in ("auto", "fused", "sdpa"):
+        other, found = run(path)
+        assert abs(other - truth) <= max(2 * abs(loss - truth), 2e-4 * truth), path
+        assert off(found) <= 1.3 * off(reference), (path, off(found), off(reference))
+
+
+def test_training_with_the_fused_path(trained, recipe, wide, tmp_path):
+    """Two ranks, gradient exchange, recomputation; against the same run by the reference."""
+    losses = {}
+    for path in ("fused", "reference"):
+        trained(2, recipe(f"model.path={wide}", f"train.attention={path}", "train.precision=bf16", "train.activation_checkpointing=1", "data.packing=true",
+                          "train.max_steps=2", "optim.lr=1e-3", name=path))
+        run = tmp_path / "runs" / path
+        losses[path] = [json.loads(line)["train/loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert "fused: fused kernels: " in (tmp_path / "runs/fused/run.json").read_text()
+    assert losses["fused"] == pytest.approx(losses["reference"], rel=2e-3) and losses["fused"] != losses["reference"]
+
+
+@pytest.mark.faults
+def test_verify_holds_on_the_fused_path(ranks, recipe, wide):
+    packed = ("data.packing=true", "data.max_length=128", "train.global_batch=4")
+    arguments = recipe(f"model.path={wide}", "train.attention=fused", "train.precision=bf16", *packed)
+    started = ranks(1, lambda: verify.main(arguments))
+    assert started.wait(600) == [0], started.log.read_text()
+    said = started.log.read_text()
+    assert "attention fused = reference, bfloat16" in said and "All 9 checks hold" in said, said
+
+
+def test_the_choice_tries_the_kernels_and_says_why(monkeypatch):
+    path, why = attention.choose("fused", CPU, BF16, HEADS)
+    assert path == "fused" and "× the reference's own error on 4/2 heads of 64; asked for" in why
+    monkeypatch.setattr(attention, "_try_fused", lambda *_: (True, "fused kernels: tried"))
+    assert attention.choose("auto", torch.device("cuda"), BF16, HEADS) == ("fused", "fused kernels: tried; one launch for all documents")
+    assert attention.choose("auto", CPU, BF16, HEADS)[0] == "cpu"
+
+
+@pytest.mark.parametrize(("heads", "dtype", "reason"), [
+    ({"head_dim": 48}, BF16, "made for heads of 64 or 128, not 48"), ({"windows": (None, 128)}, BF16, "not made for sliding windows"),
+    ({}, torch.float32, "made for bf16 and fp16, not float32"), ({}, BF16, r"the extension is not there \(.*\); kernels/README.md")])
+def test_what_the_kernels_do_not_do_goes_another_way(monkeypatch, heads, dtype, reason):
+    monkeypatch.setitem(__import__("sys").modules, "engine._C", None)  # as where it is not built
+    heads, cuda = SimpleNamespace(**{**vars(HEADS), **heads}), torch.device("cuda")
+    path, why = attention.choose("auto", cuda, dtype, heads)
+    assert path == "sdpa"
+    with pytest.raises(EngineError, match=rf"train.attention=fused: {reason}.*; set train.attention=auto") as caught:
+        attention.choose("fused", cuda, dtype, heads)
+    assert caught.value.exit_code == USER and str(caught.value).split("fused: ")[1].split("; set")[0] in why
+
+
+@pytest.mark.parametrize("spoil", [lambda x: x * 1.02, lambda x: x * float("nan"), lambda x: (_ for _ in ()).throw(RuntimeError("no kernel image"))])
+def test_kernels_that_are_wrong_are_not_used(monkeypatch, spoil):
+    right = fused_attention.fused_attention
+    monkeypatch.setattr(fused_attention, "fused_attention", lambda *given: spoil(right(*given)))
+    used, why = attention._try_fused(CPU, BF16, HEADS)
+    assert not used and ("expected at most 2 ×" in why or "no kernel image" in why)
+    with pytest.raises(EngineError, match="set train.attention=auto"):
+        attention.choose("fused", CPU, BF16, HEADS)
+
+
+def test_a_batch_that_is_not_the_announced_one_is_refused():
+    q, k, v = inputs()
+    with pytest.raises(ValueError, match="130 tokens and window None, expected 129 and none"):
+        PackedAttention([129], CPU, "fused")(0, q, k, v)
+    with pytest.raises(ValueError, match="window 5"):
+        PackedAttention([130], CPU, "fused")(0, q, k, v, 5)
+    assert PackedAttention([100, 30], CPU, "fused")(0, q.float(), k.float(), v.float()).dtype == torch.float32
+
+
+def test_the_benchmark_runs(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "WIDTH", 256)
+    command = ["attention", "--device", "cpu", "--mean", "30", "--head-dim", "64", "--group", "4", "--tokens", "70", "--rounds", "1"]
+    bench.main(command)
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| 30 | 64 | 4/1 | ")]
+    assert [row[3] for row in rows] == [name for name, _ in bench.KERNELS.values()]
+    assert [row[4].startswith("not possible: ") for row in rows] == [False, False, True, True, False]
+    assert all(float(row[5]) >= 0 and row[4].endswith(" ms") for row in rows if "not possible" not in row[4])
+    right = fused_attention.fused_attention
+    monkeypatch.setattr(fused_attention, "fused_attention", lambda *given: right(*given) * 1.1)
+    with pytest.raises(EngineError, match="fused is off by 1.0e-01"):
+        bench.main(command)
+    assert sum(bench.documents(5000, 150, torch.Generator().manual_seed(0))) == 5000
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_benchmark_needs_a_gpu():
+    with pytest.raises(EngineError, match="E-BENCH-DEVICE"):
+        bench.main(["attention"])
