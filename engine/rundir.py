@@ -20,8 +20,9 @@ import torch
 
 from engine import config, restarts
 from engine.config import Recipe
-from engine.errors import ENVIRONMENT, USER, EngineError, shown
+from engine.errors import ENVIRONMENT, USER, EngineError
 from engine.publish import fsync, published
+from engine.terminal import shown
 
 TESTED = {"torch": "2.13", "omegaconf": "2.4", "safetensors": "0.8"}  # by the first numbers of their versions
 BITS = ("cpu_capability", "threads_per_rank", "gpus", "cuda", "denormals", "fp32_products", "tf32")  # of `hardware`: what sums round by
