@@ -26,11 +26,12 @@ VALIDATION_ROWS = 300
 
 
 class Run:
-    """A launch of the same command, again and again, until it is done."""
+    """A launch of the same command, again and again, until it is done. The launcher starts ranks again by itself, for as long as it lives."""
 
     def __init__(self, arguments: list[str], folder: Path) -> None:
         self.folder, self.log = folder, folder.parents[1] / f"{folder.name}.log"
-        self.command = [sys.executable, "-m", "engine.launch", "--standalone", "--nproc-per-node", str(RANKS), "-m", "engine.train", *arguments]
+        self.command = [sys.executable, "-m", "engine.launch", "--standalone", "--max-restarts", "1000", "--nproc-per-node", str(RANKS), "-m",
+                        "engine.train", *arguments]
         self.codes: list[int] = []
         self.start()
 
@@ -103,7 +104,7 @@ def test_soak(recipe, tmp_path, capsys):
     seed = random.SystemRandom().randrange(1 << 30)
     draw = random.Random(seed)
     rows = write_rows(tmp_path / "validation.jsonl", ragged_rows(VALIDATION_ROWS))
-    options = ["model.dropout=0.2", "data.packing=true", "train.epochs=1000000", "checkpoint.each_epoch=false", "checkpoint.every_s=2",
+    options = ["model.dropout=0.2", "data.packing=true", "train.epochs=1000000", "checkpoint.each_epoch=false", "checkpoint.every_s=1",
                "checkpoint.keep=3", "optim.lr=1e-3", "optim.schedule=constant", "export.kinds=[]", "data.too_long=truncate"]
     judging = [f"data.validation={rows}", "evaluate.every_steps=5", "evaluate.each_epoch=false", "evaluate.at_start=false"]
     run = Run(recipe(*options, *judging, "train.max_steps=1000000", name="soak"), tmp_path / "runs" / "soak")
