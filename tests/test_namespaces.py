@@ -165,6 +165,7 @@ def test_a_rank_that_never_comes_is_named(recipe, ranks, missing):
     assert len(said) == 2 and all(("rank 2 of 3 did not come" if missing else "rank 0 does not answer") in line for line in said), said
 
 
+@pytest.mark.faults
 def test_who_comes_to_the_port_unasked_changes_nothing(recipe, ranks, trained, tmp_path):
     """Random bytes, and a client of torch's that writes keys: the run goes on, or stops; it never reads what it was sent as code."""
     options = (*FULL, *LONG, "train.epochs=6")
