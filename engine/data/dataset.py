@@ -183,7 +183,7 @@ def _named(dataset: Dataset, ids: list[str]) -> np.ndarray:
         if not rows:
             raise EngineError("DATA-SKIP", f"data.skip: {one} is no row that data.train would train on; expected path:line, as black boxes name them")
         found += rows
-    return np.unique(np.asarray(found, np.int64))
+    return np.array(sorted(set(found)), np.int64)  # np.unique would import numpy.ma
 
 
 def _warn_of_repeated_files(files: list[File]) -> None:

@@ -124,8 +124,8 @@ class Memo:
 
     def _begin_with_space(self, ids: np.ndarray) -> np.ndarray:
         """Of every id. The library is asked once for each, as handing over a whole vocabulary takes it longer."""
-        new = np.unique(ids[self.leads[ids] < 0])
-        self.leads[new] = [self.model.id_to_token(number).startswith(SPACE) for number in new.tolist()]
+        new = list(set(ids[self.leads[ids] < 0].tolist()))
+        self.leads[new] = [self.model.id_to_token(number).startswith(SPACE) for number in new]
         return self.leads[ids] > 0
 
 
