@@ -1,8 +1,9 @@
 """Attention over rows laid end to end: causal inside each document, blind across documents.
 
-A model calls `attend(layer, q, k, v, window)` and knows no more. With a window a token sees the last `window` tokens,
-itself included; None sees all. In training `attend` is a `PackedAttention`, in generation a
-`KVCache`; both take and return tokens in one flat dimension, without padding.
+A model calls `attend(layer, q, k, v, window, angles)` and knows no more. With a window a token sees the last `window` tokens,
+itself included; None sees all. q and k are turned by `angles` first, cosines and sines (T, C / 2) of each position, as the
+fused kernels do while they load them. In training `attend` is a `PackedAttention`, in generation a `KVCache`; both take and
+return tokens in one flat dimension, without padding.
 
 Shapes, here and in models/: T tokens of all documents, H query heads, K key/value heads, C head width.
 """
@@ -27,6 +28,9 @@ SHORTEST_IN_CALL, FEW_TOKENS = 0.7, 16
 # The lengths on which the fused kernels are tried, around their blocks' borders, and how far off they may be: times what the reference
 # is off in the same type.
 TRIED, TRIED_LIMIT = (1, 100, 65, 200), 2.0
+
+
+Angles = tuple[Tensor, Tensor]
 
 
 class Heads(Protocol):
@@ -79,11 +83,12 @@ def compare(path: str, device: torch.device, dtype: torch.dtype, heads: Heads) -
     draw = torch.Generator().manual_seed(0)
     shapes = [(sum(TRIED), count, heads.head_dim) for count in (heads.num_attention_heads, heads.num_key_value_heads, heads.num_key_value_heads)]
     q, k, v, grad = (torch.randn(shape, generator=draw).to(device, dtype) for shape in (*shapes, shapes[0]))
+    turns = torch.rand(sum(TRIED), heads.head_dim // 2, generator=draw).to(device) * 2 * math.pi
 
     def both_ways(path: str, dtype: torch.dtype) -> list[Tensor]:
         inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
         with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-            out = PackedAttention(TRIED, device, path)(0, *inputs)
+            out = PackedAttention(TRIED, device, path)(0, *inputs, angles=(turns.cos(), turns.sin()))
             return [out.detach().double(), *(x.double() for x in torch.autograd.grad(out, inputs, grad.to(dtype)))]
 
     exact = both_ways("reference", torch.float64)
@@ -101,9 +106,8 @@ class PackedAttention:
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device, path: str = "sdpa") -> None:
-        self.attend = {"reference": self._reference, "fused": self._fused}.get(path, self._documents)
+        self.path, self.lengths = path, list(lengths)
         self.kernel = cpu_attention if path == "cpu" else _sdpa
-        self.lengths = list(lengths)
         if path == "reference":
             self.document = torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths)).to(device)
         elif path == "fused":
@@ -115,9 +119,12 @@ class PackedAttention:
                 starts.append(starts[-1] + length)
             self.gathers, self.restore = self._side_by_side(starts, device)
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None, angles: Angles | None = None) -> Tensor:
         """q (T, H, C), k and v (T, K, C), K a divisor of H -> (T, H, C)."""
-        return self.attend(q, k, v, window)
+        if self.path == "fused":
+            return self._fused(q, k, v, window, angles)
+        q, k = rotate(q, angles), rotate(k, angles)
+        return self._reference(q, k, v, window) if self.path == "reference" else self._documents(q, k, v, window)
 
     def _side_by_side(self, starts: list[int], device: torch.device) -> tuple[list[Tensor], Tensor | None]:
         """For each call the tokens (documents, longest) it reads, and where in the calls' outputs each token ended up.
@@ -156,18 +163,27 @@ class PackedAttention:
     def by_sdpa(self) -> "PackedAttention":
         return PackedAttention(self.lengths, self.device)
 
-    def _fused(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    def _fused(self, q: Tensor, k: Tensor, v: Tensor, window: int | None, angles: Angles | None) -> Tensor:
         if q.dtype not in fused_attention.TYPES:
-            return self.by_sdpa(0, q, k, v, window)
+            return self.by_sdpa(0, q, k, v, window, angles)
         if window is not None or len(q) != sum(self.lengths):
             raise ValueError(f"fused attention: {len(q)} tokens and window {window}, expected {sum(self.lengths)} and none")
-        return fused_attention.fused_attention(q, k, v, self.tiles)
+        return fused_attention.fused_attention(q, k, v, self.tiles, None, *(x.to(q.dtype) for x in angles or ()))
 
     def _reference(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         q_HTC, k_KTC, v_KTC = (x.transpose(0, 1) for x in (q, k, v))
         mask = (self.document[:, None] == self.document) & _visible(len(q), 0, window, q.device)
         out = F.scaled_dot_product_attention(q_HTC[None], k_KTC[None], v_KTC[None], attn_mask=mask, enable_gqa=k.shape[1] != q.shape[1])
         return out[0].transpose(0, 1)
+
+
+def rotate(x: Tensor, angles: Angles | None) -> Tensor:
+    """Turns the pairs (x[..., i], x[..., i + C/2]) of x (T, heads, C) by angles whose cosines and sines are (T, C/2); None turns nothing."""
+    if angles is None:
+        return x
+    cosine, sine = (y[:, None].to(x.dtype) for y in angles)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
@@ -228,7 +244,8 @@ class KVCache:
         """Drops all rows but these, so that finished sequences cost nothing."""
         self.keys, self.values, self.lengths = self.keys[:, rows], self.values[:, rows], self.lengths[rows]
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None, angles: Angles | None = None) -> Tensor:
+        q, k = rotate(q, angles), rotate(k, angles)
         self.keys[layer][self.row, :, self.place] = k.to(self.keys.dtype)
         self.values[layer][self.row, :, self.place] = v.to(self.values.dtype)
         if self.prompts is not None:

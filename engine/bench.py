@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from engine.arguments import Parser, between
-from engine.attention import PackedAttention
+from engine.attention import Angles, PackedAttention, rotate
 from engine.config import Data
 from engine.data import dataset
 from engine.data.plan import Plan
@@ -257,6 +257,7 @@ def attention(argv: list[str]) -> None:
     parser.add_argument("--group", type=between(int, 1), nargs="+", default=[1, 4, 8], help="query heads that share keys [1 4 8]")
     parser.add_argument("--tokens", type=between(int, 1), default=16384, help="of a pack [16384]")
     parser.add_argument("--rounds", type=between(int, 1), default=20, help="how often each is timed [20]")
+    parser.add_argument("--rotary", action="store_true", help="q and k are turned by their positions as well: in our kernels, before the others")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu tries the benchmark out, no more [cuda]")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -264,9 +265,10 @@ def attention(argv: list[str]) -> None:
     from engine.rundir import commit, hardware
 
     machine = hardware()
-    print(f"Packs of {args.tokens:,} tokens in bf16, medians of {args.rounds}. {', '.join(machine['gpus']) or machine['cpu']}, torch {torch.__version__}, "
-          f"CUDA {machine['cuda']}, commit {commit()[:7]}.\n\n| documents' mean | head width | heads | kernel | forward | TFLOP/s | backward | TFLOP/s "
-          "| both, of varlen's | memory |\n|---|---|---|---|---|---|---|---|---|---|")
+    print(f"Packs of {args.tokens:,} tokens in bf16{', turned by their positions' * args.rotary}, medians of {args.rounds}. "
+          f"{', '.join(machine['gpus']) or machine['cpu']}, torch {torch.__version__}, CUDA {machine['cuda']}, commit {commit()[:7]}.\n\n"
+          "| documents' mean | head width | heads | kernel | forward | TFLOP/s | backward | TFLOP/s | both, of varlen's | memory |\n"
+          "|---|---|---|---|---|---|---|---|---|---|")
     for width in args.head_dim:
         for group in args.group:
             for mean in args.mean:
@@ -277,12 +279,14 @@ def _attention_rows(args: argparse.Namespace, width: int, heads: int, kv_heads: 
     device, draw = torch.device(args.device), torch.Generator().manual_seed(mean)
     lengths = documents(args.tokens, mean, draw)
     q, k, v, grad = (torch.randn(args.tokens, count, width, generator=draw).to(device, torch.bfloat16) for count in (heads, kv_heads, kv_heads, heads))
+    turns = torch.rand(args.tokens, width // 2, generator=draw).to(device) * 2 * torch.pi
+    angles = (turns.cos().bfloat16(), turns.sin().bfloat16()) if args.rotary else None
     flops = 2 * width * heads * sum(length**2 for length in lengths)  # 4 · n² · C, half of which a causal mask hides
     found: dict[str, dict[str, float] | str] = {}
     expected = None
     for kernel, (_, prepare) in KERNELS.items():
         try:
-            attend, leaves = prepare(lengths, device, width), [x.clone().requires_grad_() for x in (q, k, v)]
+            attend, leaves = prepare(lengths, device, width, angles), [x.clone().requires_grad_() for x in (q, k, v)]
             result = [out := attend(*leaves), *torch.autograd.grad(out, leaves, grad)]
             result = [x.detach().float() for x in result]
             expected = expected or result
@@ -343,26 +347,27 @@ def _median(work: Callable[[], Any], rounds: int, on_gpu: bool) -> float:
     return statistics.median(seconds[3 * on_gpu :])
 
 
-def _packed(path: str) -> Callable[[list[int], torch.device, int], Attend]:
-    def prepare(lengths: list[int], device: torch.device, width: int) -> Attend:
+def _packed(path: str) -> Callable[[list[int], torch.device, int, Angles | None], Attend]:
+    def prepare(lengths: list[int], device: torch.device, width: int, angles: Angles | None) -> Attend:
         if path == "fused" and (reason := refusal(device, torch.bfloat16, width, ())):
             raise ValueError(reason)
         packed = PackedAttention(lengths, device, path)
-        return lambda q, k, v: packed(0, q, k, v)
+        return lambda q, k, v: packed(0, q, k, v, angles=angles)
 
     return prepare
 
 
-def _varlen(lengths: list[int], device: torch.device, width: int) -> Attend:
+def _varlen(lengths: list[int], device: torch.device, width: int, angles: Angles | None) -> Attend:
     from torch.nn.attention.varlen import varlen_attn
 
     if device.type != "cuda":
         raise ValueError("made for CUDA devices")
     ends, longest = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device), max(lengths)
-    return lambda q, k, v: varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1])
+    return lambda q, k, v: varlen_attn(rotate(q, angles), rotate(k, angles), v, ends, ends, longest, longest, window_size=(-1, 0),
+                                       enable_gqa=q.shape[1] != k.shape[1])
 
 
-def _flex(lengths: list[int], device: torch.device, width: int) -> Attend:
+def _flex(lengths: list[int], device: torch.device, width: int, angles: Angles | None) -> Attend:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     if device.type != "cuda":
@@ -373,7 +378,7 @@ def _flex(lengths: list[int], device: torch.device, width: int) -> Attend:
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        q, k, v = (x.transpose(0, 1)[None] for x in (rotate(q, angles), rotate(k, angles), v))
         return compiled(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])[0].transpose(0, 1)
 
     return attend

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine import adapter, distributed, hub, optim, precision, rundir, tensorfile
-from engine.attention import PackedAttention
+from engine.attention import Angles, PackedAttention
 from engine.attention import choose as choose_attention
 from engine.config import Recipe
 from engine.data import added_tokens, dataset, loader
@@ -221,14 +221,14 @@ class Compared:
         self.path, self.reference = PackedAttention(lengths, device, path), PackedAttention(lengths, device, "reference")
         self.worst, self.draw = 0.0, torch.Generator(device).manual_seed(0)
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
-        out = self.path(layer, q, k, v, window)
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, angles: Angles) -> Tensor:
+        out = self.path(layer, q, k, v, window, angles)
         grad = torch.randn(out.shape, generator=self.draw, device=out.device).to(out.dtype)
 
         def both_ways(attend: PackedAttention, dtype: torch.dtype) -> list[Tensor]:
             inputs = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
             with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
-                found = attend(layer, *inputs, window)
+                found = attend(layer, *inputs, window, angles)
                 return [found.detach(), *torch.autograd.grad(found, inputs, grad.to(dtype))]
 
         exact = both_ways(self.reference, torch.float64)

@@ -134,7 +134,7 @@ BUGS = [
         "nn.Parameter(torch.zeros(base.out_features, rank, device=device))",
         "nn.Parameter(torch.randn(base.out_features, rank, device=device))",
         "tests/test_lora.py::test_identity_at_start"),
-    Bug("rotary pairs lie side by side", "engine/models/llama.py",
+    Bug("rotary pairs lie side by side", "engine/attention.py",
         "first, second = x.chunk(2, dim=-1)",
         "first, second = x[..., ::2], x[..., 1::2]",
         "tests/test_families.py::test_logits_and_every_gradient_equal_transformers"),

@@ -153,6 +153,19 @@ def test_all_paths_give_the_same_loss_and_gradients(wide, dtype):
         assert off(found) <= 1.3 * off(reference), (path, off(found), off(reference))
 
 
+def test_the_kernels_turn_queries_and_keys(wide, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("turned before the kernels")
+
+    monkeypatch.setattr(attention, "rotate", refuse)
+    model = weights.build(wide, "pretrained", 0, torch.float32, torch.float32, CPU)
+    ids = torch.arange(sum(LENGTHS))
+    with torch.autocast("cpu", BF16), torch.no_grad():
+        model(ids, ids, PackedAttention(LENGTHS, CPU, "fused"))
+        with pytest.raises(AssertionError, match="before the kernels"):
+            model(ids, ids, PackedAttention(LENGTHS, CPU, "sdpa"))
+
+
 def test_training_with_the_fused_path(trained, recipe, wide, tmp_path):
     """Two ranks, gradient exchange, recomputation; against the same run by the reference."""
     losses = {}
@@ -218,6 +231,8 @@ def test_a_batch_that_is_not_the_announced_one_is_refused():
 def test_the_benchmark_runs(capsys, monkeypatch):
     monkeypatch.setattr(bench, "WIDTH", 256)
     command = ["attention", "--device", "cpu", "--mean", "30", "--head-dim", "64", "--group", "4", "--tokens", "70", "--rounds", "1"]
+    bench.main([*command, "--rotary"])  # whose figures mean something: all sides computed the same
+    assert "turned by their positions" in capsys.readouterr().out
     bench.main(command)
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| 30 | 64 | 4/1 | ")]
     assert [row[3] for row in rows] == [name for name, _ in bench.KERNELS.values()]

@@ -9,6 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.attention import Angles
 from engine.linear import arithmetic_dtype
 from engine.models.config import ModelConfig, windows
 from engine.models.llama import MLP, Attend, Attention, Block, Llama, RMSNorm, rms_norm
@@ -55,8 +56,8 @@ class Gemma3Block(Block):
         self.pre_feedforward_layernorm = Gemma3Norm(config.hidden_size, config.rms_norm_eps)
         self.post_feedforward_layernorm = Gemma3Norm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        x = x + self.attention_dropout(self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), cos, sin, attend)))
+    def forward(self, x: Tensor, angles: Angles, attend: Attend) -> Tensor:
+        x = x + self.attention_dropout(self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), angles, attend)))
         return x + self.mlp_dropout(self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x))))
 
 

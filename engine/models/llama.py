@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from engine.attention import KVCache
+from engine.attention import Angles, KVCache
 from engine.dropout import DropoutKeys, KeyedDropout
 from engine.linear import Embedding, Linear, arithmetic_dtype, widened
 from engine.models.config import ModelConfig, Rope
 
-Attend = Callable[[int, Tensor, Tensor, Tensor, int | None], Tensor]
+Attend = Callable[[int, Tensor, Tensor, Tensor, int | None, Angles], Tensor]
 
 
 class RMSNorm(nn.Module):
@@ -57,13 +57,13 @@ class Attention(nn.Module):
         """x (T, D) -> queries (T, H · C), keys and values (T, K · C)."""
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, angles: Angles, attend: Attend) -> Tensor:
         q_THC, k_TKC, v_TKC = (projected.unflatten(-1, (-1, self.head_dim)) for projected in self.inputs(x))
         if hasattr(self, "q_norm"):
             q_THC, k_TKC = self.q_norm(q_THC), self.k_norm(k_TKC)
         if self.query_scale != 1:
             q_THC = q_THC * self.query_scale
-        out_THC = attend(self.number, rotate(q_THC, cos, sin), rotate(k_TKC, cos, sin), v_TKC, self.window)
+        out_THC = attend(self.number, q_THC, k_TKC, v_TKC, self.window, angles)
         return self.o_proj(out_THC.flatten(-2))
 
 
@@ -89,8 +89,8 @@ class Block(nn.Module):
         self.mlp = self.mlp_kind(config)
         self.attention_dropout, self.mlp_dropout = KeyedDropout(dropout, keys), KeyedDropout(dropout, keys)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        x = x + self.attention_dropout(self.self_attn(self.input_layernorm(x), cos, sin, attend))
+    def forward(self, x: Tensor, angles: Angles, attend: Attend) -> Tensor:
+        x = x + self.attention_dropout(self.self_attn(self.input_layernorm(x), angles, attend))
         return x + self.mlp_dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
@@ -124,15 +124,16 @@ class Llama(nn.Module):
         if config.embedding_scale != 1:
             x = x * torch.tensor(config.embedding_scale, dtype=x.dtype)
         far, near = config.ropes
-        far_angles = rotary_angles(positions, config.head_dim, far)
-        near_angles = far_angles if near == far else rotary_angles(positions, config.head_dim, near)
+        dtype = arithmetic_dtype(x)  # once for all layers, each of which would keep a copy for the backward
+        far_angles = rotary_angles(positions, config.head_dim, far, dtype)
+        near_angles = far_angles if near == far else rotary_angles(positions, config.head_dim, near, dtype)
         for number, (block, window) in enumerate(zip(self.model.layers, config.windows, strict=True)):
             angles = far_angles if window is None else near_angles
             if self.checkpoint_every and self.training and number % self.checkpoint_every == 0:
                 # Nothing in a block draws from a stream of random numbers, so there is no stream to rewind.
-                x = checkpoint(block, x, *angles, attend, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, angles, attend, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, *angles, attend)
+                x = block(x, angles, attend)
         return self.model.norm(x)
 
     def cache(self, rows: int, capacity: int) -> KVCache:
@@ -189,19 +190,12 @@ class _SwiGLU(torch.autograd.Function):
         return slope.mul_(up).mul_(grad), silu.mul_(grad)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (x[..., i], x[..., i + C/2]) of x (T, heads, C) by angles whose cos and sin are (T, 1, C/2)."""
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
-def rotary_angles(positions: Tensor, head_dim: int, rope: Rope) -> tuple[Tensor, Tensor]:
-    """cos and sin, fp32 (T, 1, C/2), of position × frequency."""
+def rotary_angles(positions: Tensor, head_dim: int, rope: Rope, dtype: torch.dtype) -> Angles:
+    """Cosines and sines (T, C/2) in `dtype` of position × frequency in fp32."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
     frequencies = ROPE_SCALINGS[rope.kind](1.0 / rope.theta**exponents, rope.parameters)
-    angles = positions[:, None, None].float() * frequencies
-    return angles.cos(), angles.sin()
+    angles = positions[:, None].float() * frequencies
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def _llama3_scaling(frequencies: Tensor, scaling: dict[str, Any]) -> Tensor:
