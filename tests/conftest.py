@@ -25,6 +25,8 @@ import torch
 
 torch.set_num_threads(1)  # no pool of threads, so forking is safe
 
+from forks import forked
+
 from engine import train
 from engine.config import Data
 from engine.data import dataset
@@ -67,27 +69,16 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
 
 def held(what: Callable[[], None], seconds: float, megabytes: float) -> None:
     """Runs `what` in a fork; fails with what it raised, or where it takes more time of a processor or more memory than that."""
-    ours, theirs = os.pipe()
-    pid = os.fork()
-    if not pid:
-        code, text = 0, ""
-        try:
-            os.close(ours)
-            resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 10,) * 2)  # what would never end does
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-            began, start = time.process_time(), _peak()
-            what()
-            took, grown = time.process_time() - began, _peak() - start
-            assert took <= seconds and grown <= megabytes, f"it took {took:.2f} s and {grown:.0f} MB"
-        except BaseException:
-            code, text = 1, traceback.format_exc()
-        finally:
-            os.write(theirs, text.encode()[-60_000:])
-            os._exit(code)
-    os.close(theirs)
-    with os.fdopen(ours, "rb") as pipe:
-        said = pipe.read().decode()
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, said
+
+    def measured() -> None:
+        resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 10,) * 2)  # what would never end does
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        began, start = time.process_time(), _peak()
+        what()
+        took, grown = time.process_time() - began, _peak() - start
+        assert took <= seconds and grown <= megabytes, f"it took {took:.2f} s and {grown:.0f} MB"
+
+    forked(measured)
 
 
 def _peak() -> float:

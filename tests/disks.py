@@ -2,11 +2,11 @@
 
 import ctypes
 import os
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forks import forked
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 NEW_MOUNTS, NEW_USER = 0x00020000, 0x10000000
@@ -60,27 +60,12 @@ def read_only(path: Path) -> None:
 
 def child(what: Callable[[], None]) -> None:
     """Runs `what` in a fork with mounts of its own; skips where the machine does not allow them, fails with what it raised."""
-    ours, theirs = os.pipe()
-    pid = os.fork()
-    if not pid:
-        code, text = 0, ""
+
+    def mounted() -> None:
         try:
-            os.close(ours)
-            try:
-                own_mounts()
-            except OSError as error:
-                code, text = 77, str(error)
-            else:
-                what()
-        except BaseException:
-            code, text = 1, traceback.format_exc()
-        finally:
-            os.write(theirs, text.encode()[-60_000:])
-            os._exit(code)
-    os.close(theirs)
-    with os.fdopen(ours, "rb") as pipe:
-        said = pipe.read()
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    if code == 77:
-        pytest.skip(f"no mounts of one's own here: {said.decode()}")
-    assert code == 0, said.decode()
+            own_mounts()
+        except OSError as error:
+            pytest.skip(f"no mounts of one's own here: {error}")
+        what()
+
+    forked(mounted)

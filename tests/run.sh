@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # Runs every test: ./tests/run.sh [pytest arguments], for instance `-k resume` or `-x`.
 # ./tests/run.sh --faults [pytest arguments] runs those that take minutes: the long halves of the fault tests.
+# ./tests/run.sh --all [pytest arguments] runs both.
 # ./tests/run.sh --mutations [words] plants the bugs of tests/mutations.py one by one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source ./environment.sh dev
 export OMP_NUM_THREADS=1  # tests start up to four ranks on two cores, and bit equality needs one thread count throughout
 if [[ "${1:-}" == --faults ]]; then set -- -m faults "${@:2}"; fi
+if [[ "${1:-}" == --all ]]; then set -- -m "" "${@:2}"; fi
 if [[ "${1:-}" == --mutations ]]; then exec "$python" tests/mutations.py "${@:2}"; fi
 exec "$python" -m pytest tests -q "$@"
