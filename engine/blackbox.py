@@ -33,6 +33,7 @@ from engine.distributed import World
 from engine.errors import NUMERIC, EngineError
 from engine.precision import LossScale
 from engine.publish import published
+from engine.saver import Saver
 
 LEAST = 20  # losses before one is judged
 MOST = 3  # black boxes of spikes in a run; later spikes are a warning each
@@ -50,9 +51,9 @@ class Recorder:
 
     wanted: int | None = None  # the step of which engine.replay wants a black box; the run ends there
 
-    def __init__(self, run: Path, cfg: Recipe, world: World, rows: Dataset, tokenizer: Tokenizer, trained: dict[str, nn.Parameter], scale: LossScale,
-                 ddp_model: nn.Module, forward: Callable[..., Tensor], seen: dict[str, Any]) -> None:
-        self.run, self.world, self.rows, self.tokenizer, self.trained, self.scale = run, world, rows, tokenizer, trained, scale
+    def __init__(self, run: Path, cfg: Recipe, saver: Saver, world: World, rows: Dataset, tokenizer: Tokenizer, trained: dict[str, nn.Parameter],
+                 scale: LossScale, ddp_model: nn.Module, forward: Callable[..., Tensor], seen: dict[str, Any]) -> None:
+        self.run, self.saver, self.world, self.rows, self.tokenizer, self.trained, self.scale = run, saver, world, rows, tokenizer, trained, scale
         self.ddp_model, self.forward, self.spike_z = ddp_model, forward, cfg.log.spike_z
         self.began = None if seen else self._weights()
         self.losses, self.spikes = deque(seen.get("losses", ()), cfg.log.spike_window), seen.get("spikes", 0)
@@ -154,6 +155,7 @@ class Recorder:
         target, problem = self.run / "blackbox" / f"step-{found['step']:09d}", ""
         if self.world.is_first:
             try:
+                self.saver.wait()  # the last one taken is the nearest to go from, and none is removed while it is linked
                 newest = checkpoint.newest(self.run / "checkpoints")
                 text = json.dumps(_plain({**found, "checkpoint": newest, "began": self.began}), indent=1, ensure_ascii=False, allow_nan=False)
                 with published(target) as building:

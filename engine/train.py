@@ -115,7 +115,7 @@ def main(argv: list[str]) -> int:
                 return summed_cross_entropy(hidden[batch.at], model.lm_head.weight, batch.targets, batch.sources, by_source)
 
         distributed.settle(ddp_model, lambda: forward(loader.empty(device), 0))
-        boxes = blackbox.Recorder(run, cfg, world, rows, tokenizer, trained, scale, ddp_model, forward, seen)
+        boxes = blackbox.Recorder(run, cfg, saver, world, rows, tokenizer, trained, scale, ddp_model, forward, seen)
 
         # ---- Loop ---------------------------------------------------------------------------------------------------
         watch, stragglers, judged = metrics.Stopwatch(device), Stragglers(world), None

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import time
 from collections import deque
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from conftest import ragged_rows, write_rows
 from safetensors.torch import load_file, save_file
 from test_resume import FULL, LONG, LORA, result, stop_after
 
-from engine import blackbox, distributed, dropout, linear, optim, replay, train
+from engine import blackbox, checkpoint, distributed, dropout, linear, optim, replay, train
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import BUG, CHECKPOINT, NUMERIC, PEER, PREEMPTED, USER, EngineError, rank_in_launch
 
@@ -149,8 +150,10 @@ DULL = ("train.global_batch=2", "train.micro_batch=1", "data.shuffle=false", "ch
         "optim.schedule=constant", "optim.lr=1e-2", "log.spike_window=20")
 
 
-def test_a_spike_is_told_written_down_and_trained_through(recipe, ranks, tiny, tmp_path):
+def test_a_spike_is_told_written_down_and_trained_through(recipe, ranks, tiny, tmp_path, monkeypatch):
     dull_rows(tmp_path)
+    save = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda folder, step, *more: time.sleep(2 * (step == JUNK[1] - 1)) or save(folder, step, *more))  # still in flight
     model = tmp_path / "model"
     shutil.copytree(tiny, model)
     started = ranks(2, recipe(*DULL, f"model.path={model}"))
