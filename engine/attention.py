@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine import fused_attention
-from engine.cpu_attention import cpu_attention
+from engine.cpu_attention import cpu_attention, visible
 from engine.errors import EngineError
 
 # Documents share one call as long as the shortest is at least this share of the longest, or so few tokens shorter that
@@ -42,7 +42,7 @@ class Heads(Protocol):
     windows: tuple[int | None, ...]
 
 
-def choose(requested: str, device: torch.device, arithmetic: torch.dtype, heads: Heads | None = None) -> tuple[str, str]:
+def choose(requested: str, device: torch.device, arithmetic: torch.dtype, heads: Heads) -> tuple[str, str]:
     """The path in use and why.
 
     `sdpa`: torch's kernel, documents of like length side by side; `cpu`: ours, likewise; `reference`: a dense mask; `fused`: our kernels
@@ -50,7 +50,7 @@ def choose(requested: str, device: torch.device, arithmetic: torch.dtype, heads:
     """
     if requested == "cpu" and device.type != "cpu":
         raise EngineError("CONFIG-ATTENTION", f"train.attention=cpu: got device {device.type}, expected cpu; set train.attention=auto")
-    if requested == "fused" or (requested == "auto" and device.type == "cuda" and heads):
+    if requested == "fused" or (requested == "auto" and device.type == "cuda"):
         fused, why = _try_fused(device, arithmetic, heads)
         if requested == "fused" and not fused:
             raise EngineError("CONFIG-ATTENTION", f"train.attention=fused: {why}; set train.attention=auto")
@@ -64,10 +64,8 @@ def choose(requested: str, device: torch.device, arithmetic: torch.dtype, heads:
     return requested, "asked for; a dense mask, costs the square of the pack" if requested == "reference" else "asked for"
 
 
-def _try_fused(device: torch.device, dtype: torch.dtype, heads: Heads | None) -> tuple[bool, str]:
+def _try_fused(device: torch.device, dtype: torch.dtype, heads: Heads) -> tuple[bool, str]:
     """Whether the fused kernels do what the model needs, and are right at it; and what was found."""
-    if heads is None:
-        return False, "the model's heads are not known here"
     if reason := fused_attention.refusal(device, dtype, heads.head_dim, heads.windows):
         return False, reason
     try:
@@ -79,22 +77,33 @@ def _try_fused(device: torch.device, dtype: torch.dtype, heads: Heads | None) ->
 
 
 def compare(path: str, device: torch.device, dtype: torch.dtype, heads: Heads) -> float:
-    """A path's error on random documents, relative to what the reference has in the same type: the largest of output and gradients."""
+    """`relative_error` of a path on random documents."""
     draw = torch.Generator().manual_seed(0)
     shapes = [(sum(TRIED), count, heads.head_dim) for count in (heads.num_attention_heads, heads.num_key_value_heads, heads.num_key_value_heads)]
     q, k, v, grad = (torch.randn(shape, generator=draw).to(device, dtype) for shape in (*shapes, shapes[0]))
     turns = torch.rand(sum(TRIED), heads.head_dim // 2, generator=draw).to(device) * 2 * math.pi
+    return relative_error(*(PackedAttention(TRIED, device, one) for one in (path, "reference")), q, k, v, grad, None, (turns.cos(), turns.sin()))
 
-    def both_ways(path: str, dtype: torch.dtype) -> list[Tensor]:
-        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
-        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-            out = PackedAttention(TRIED, device, path)(0, *inputs, angles=(turns.cos(), turns.sin()))
+
+def relative_error(path: "PackedAttention", reference: "PackedAttention", q: Tensor, k: Tensor, v: Tensor, grad: Tensor, window: int | None,
+                   angles: Angles | None) -> float:
+    """A path's error, relative to what the reference has in the same type: the largest ratio of output and gradients; NaN if any is.
+
+    Args:
+        grad: of the output. Others: as a model gives them to attention.
+    """
+
+    def both_ways(attend: "PackedAttention", dtype: torch.dtype) -> list[Tensor]:
+        inputs = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+        with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
+            out = attend(0, *inputs, window, angles)
             return [out.detach().double(), *(x.double() for x in torch.autograd.grad(out, inputs, grad.to(dtype)))]
 
-    exact = both_ways("reference", torch.float64)
-    ratios = [float((one - truth).norm() / (other - truth).norm()) for one, other, truth in
-              zip(both_ways(path, dtype), both_ways("reference", dtype), exact, strict=True)]
-    return math.nan if any(map(math.isnan, ratios)) else max(ratios)
+    ratios, least = [], torch.finfo(q.dtype).eps / 8  # where the reference is exact by chance, as in rows of one token
+    for truth, one, other in zip(both_ways(reference, torch.float64), both_ways(path, q.dtype), both_ways(reference, q.dtype), strict=True):
+        own, references = (float((x - truth).norm() / truth.norm().clamp(min=1e-30)) for x in (one, other))
+        ratios.append(own / max(references, least))
+    return float(torch.tensor(ratios).max())
 
 
 class PackedAttention:
@@ -202,8 +211,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
 @lru_cache(maxsize=8)
 def _visible(queries: int, before: int, window: int | None, device: torch.device) -> Tensor:
     """(queries, before + queries): which keys the last `queries` tokens of a stretch see."""
-    back = torch.arange(before, before + queries, device=device)[:, None] - torch.arange(before + queries, device=device)
-    return (back >= 0) if window is None else (back >= 0) & (back < window)
+    return visible(torch.arange(before, before + queries, device=device)[:, None] - torch.arange(before + queries, device=device), window)
 
 
 class KVCache:
@@ -251,7 +259,6 @@ class KVCache:
         if self.prompts is not None:
             return self.prompts(layer, q, k, v, window)
         reach = self.back.shape[-1]
-        visible = self.back >= 0 if window is None else (self.back >= 0) & (self.back < window)
         keys, values = self.keys[layer][:, :, :reach].to(q.dtype), self.values[layer][:, :, :reach].to(q.dtype)
-        out = F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=visible, enable_gqa=keys.shape[1] != q.shape[1])
+        out = F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=visible(self.back, window), enable_gqa=keys.shape[1] != q.shape[1])
         return out[:, :, 0]

@@ -98,5 +98,9 @@ def _probabilities(q: Tensor, k: Tensor, rows: slice, keys: slice, window: int |
 def _hidden(size: int, before: int, window: int | None, dtype: torch.dtype) -> Tensor:
     """(size, before + size): -inf where a key lies behind its query or out of its window, 0 elsewhere."""
     back = torch.arange(before, before + size)[:, None] - torch.arange(before + size)
-    hidden = (back < 0) if window is None else (back < 0) | (back >= window)
-    return torch.zeros(back.shape, dtype=dtype).masked_fill_(hidden, -math.inf)
+    return torch.zeros(back.shape, dtype=dtype).masked_fill_(~visible(back, window), -math.inf)
+
+
+def visible(back: Tensor, window: int | None) -> Tensor:
+    """Which keys a query sees that are so many tokens `back` from it: those of the last `window` tokens, itself included; None: of all."""
+    return (back >= 0) if window is None else (back >= 0) & (back < window)

@@ -39,21 +39,14 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, scale: float
     return torch.ops.engine.attention(q, k, v, tiles, 1 / sqrt(q.shape[-1]) if scale is None else scale, cosine, sine)[0]
 
 
-def tile_list(lengths: Sequence[int], capacity: int | None = None) -> Tensor:
-    """The blocks of documents as int32 (tiles, 4): start, length, block, slot, as kernels/attention.h has them, longest work first.
-
-    capacity: this many tiles, filled up with empty ones, so that shapes stay the same from batch to batch.
-    """
+def tile_list(lengths: Sequence[int]) -> Tensor:
+    """The blocks of documents as int32 (tiles, 4): start, length, block, slot, as kernels/attention.h has them, longest work first."""
     sizes = np.asarray(lengths, np.int64)
     starts, blocks = np.cumsum(sizes) - sizes, -(-sizes // BLOCK)
     slots = np.cumsum(blocks) - blocks
     document = np.repeat(np.arange(len(sizes)), blocks)
     block = np.arange(len(document)) - slots[document]
     tiles = np.stack([starts[document], sizes[document], block, slots[document]], 1)[np.argsort(-block, kind="stable")]
-    if capacity is not None:
-        if len(tiles) > capacity:
-            raise ValueError(f"{len(tiles)} blocks of {BLOCK} tokens, expected at most the capacity, {capacity}")
-        tiles = np.pad(tiles, ((0, capacity - len(tiles)), (0, 0)))
     return torch.from_numpy(tiles.astype(np.int32))
 
 

@@ -41,10 +41,10 @@ def main(argv: list[str]) -> int:
 
         # ---- Data: tokenised, packed and checked before ranks wait for each other -----------------------------------
         base = hub.resolve(cfg.model.path, cfg.model.init == "pretrained", rundir.commit_of_base(run, cfg.model.path))
-        source, words = base.folder, added_tokens.extend(base.folder, cfg.model.add_tokens, Path(cfg.data.cache))
-        tokenizer, family = load_tokenizer(words), weights.read_config(source)
+        source, tokenizer_folder = base.folder, added_tokens.extend(base.folder, cfg.model.add_tokens, Path(cfg.data.cache))
+        tokenizer, model_config = load_tokenizer(tokenizer_folder), weights.read_config(source)
         rows, held_out = (dataset.load(cfg.data, of, tokenizer, cfg.train.seed) for of in ("train", "validation"))
-        dataset.check_fit(rows, tokenizer, family, len(cfg.model.add_tokens))
+        dataset.check_fit(rows, tokenizer, model_config, len(cfg.model.add_tokens))
         checks.before_training(rows, held_out, cfg.data, speaks=rank == 0)
         if rank == 0:
             chat_template.check(source, cfg.data, tokenizer, rows.first_row())
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> int:
             scale.load(scale.state() if "train.precision" in changed else saved.state["scale"])
             best, counted, seen = saved.state["best"], ledger.go_on(plan, start, saved.state, changed), saved.state["losses"]
 
-        # ---- What will happen, in words and as an equation ----------------------------------------------------------
+        # ---- What will happen, in tokenizer_folder and as an equation ----------------------------------------------------------
         flops, (peak, peak_source) = metrics.Flops(model), metrics.peak_flops(device)
         facts = report.facts(model, world, {"attention": f"{attention}: {why_attention}", "precision": types.reason, "optimizer": why_optimizer,
                                             "peak": peak_source})
@@ -177,7 +177,7 @@ def main(argv: list[str]) -> int:
             judged = evaluation.run(model, whole=True)
         exported, frozen_digest = {}, None
         if world.is_first:
-            exported = export.Exporter(model, cfg, held_out or rows, types, base, words).run(run / "export")
+            exported = export.Exporter(model, cfg, held_out or rows, types, base, tokenizer_folder).run(run / "export")
             frozen_digest = weights.identity(model, source, cfg.model.init) if cfg.lora.used else None
             assert frozen_digest in (None, identity["weights"]), "frozen weights have changed"
         log.hparams(cfg, judged.scalars if judged else {})

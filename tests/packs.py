@@ -28,13 +28,15 @@ class Case:
 
 def make(lengths: list[int], heads: int, kv_heads: int, width: int, dtype: torch.dtype, rotary: bool, capacity: int | None = None,
          gap: int = 0) -> tuple[Case, Tensor]:
-    """A case and a gradient of its output; q, k, v lie in rows that are `gap` elements longer than need be."""
+    """A case and a gradient of its output; q, k, v lie in rows that are `gap` elements longer than need be. `capacity`: tiles, filled up with empty ones."""
     draw, tokens = torch.Generator().manual_seed(sum(lengths) + width), sum(lengths)
     q, k, v, grad = (torch.randn(tokens, count * width + gap, generator=draw).to(dtype)[:, : count * width].unflatten(1, (count, width))
                      for count in (heads, kv_heads, kv_heads, heads))
     angles = torch.rand(tokens, width // 2, generator=draw) * 2 * math.pi
     turned = (angles.cos().to(dtype), angles.sin().to(dtype)) if rotary else ()
-    return Case(q, k, v, tile_list(lengths, capacity), 1 / math.sqrt(width), *turned), grad
+    tiles = tile_list(lengths)
+    tiles = F.pad(tiles, (0, 0, 0, capacity - len(tiles) if capacity else 0))
+    return Case(q, k, v, tiles, 1 / math.sqrt(width), *turned), grad
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Attention for CPUs: as exact as torch's own in the same type, in values and gradients, whatever the blocks."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,7 @@ from engine import attention, cpu_attention
 from engine.attention import PackedAttention
 
 CPU = torch.device("cpu")
+HEADS = SimpleNamespace(num_attention_heads=4, num_key_value_heads=2, head_dim=64, windows=(None,))
 
 
 def inputs(documents: int, tokens: int, heads: int, kv_heads: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -69,12 +72,12 @@ def test_nothing_of_the_size_of_the_scores_is_kept():
 
 
 def test_the_choice_is_by_device_and_type_and_says_why():
-    assert attention.choose("auto", CPU, torch.float32)[0] == "sdpa"
-    assert attention.choose("auto", CPU, torch.bfloat16)[0] == "cpu"
-    assert attention.choose("auto", torch.device("cuda"), torch.bfloat16)[0] == "sdpa"
-    assert attention.choose("reference", CPU, torch.bfloat16) == ("reference", "asked for; a dense mask, costs the square of the pack")
+    assert attention.choose("auto", CPU, torch.float32, HEADS)[0] == "sdpa"
+    assert attention.choose("auto", CPU, torch.bfloat16, HEADS)[0] == "cpu"
+    assert attention.choose("auto", torch.device("cuda"), torch.float32, HEADS)[0] == "sdpa"
+    assert attention.choose("reference", CPU, torch.bfloat16, HEADS) == ("reference", "asked for; a dense mask, costs the square of the pack")
     with pytest.raises(Exception, match="expected cpu; set train.attention=auto"):
-        attention.choose("cpu", torch.device("cuda"), torch.bfloat16)
+        attention.choose("cpu", torch.device("cuda"), torch.bfloat16, HEADS)
 
 
 def test_a_pack_never_attends_across_its_documents():
