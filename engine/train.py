@@ -88,7 +88,7 @@ def main(argv: list[str]) -> int:
             scale.load(scale.state() if "train.precision" in changed else saved.state["scale"])
             best, counted, seen = saved.state["best"], ledger.go_on(plan, start, saved.state, changed), saved.state["losses"]
 
-        # ---- What will happen, in tokenizer_folder and as an equation ----------------------------------------------------------
+        # ---- What will happen, in words and as an equation ----------------------------------------------------------
         flops, (peak, peak_source) = metrics.Flops(model), metrics.peak_flops(device)
         facts = report.facts(model, world, {"attention": f"{attention}: {why_attention}", "precision": types.reason, "optimizer": why_optimizer,
                                             "peak": peak_source})
