@@ -28,9 +28,9 @@ LOOPBACK = ("127.0.0.1", "localhost")
 # lock held, and waits for a thread that may want this lock to let go of its tensors: the rank would hang at the very end.
 _WRAPPED: list[nn.Module] = []
 
-# Ranks meet, and wait in an exchange, for so many times `timeout_s`. Before that the watchdog has told who is late; this is for
-# what it cannot see, such as a network that loses an exchange that all have begun.
-PATIENCE = 5
+PATIENCE = 5  # times `timeout_s` in which ranks must have met
+# An exchange has no time limit of its own: a rank may wait long for one that saves or exports, and the watchdog tells that from a hang.
+UNLIMITED = timedelta(days=7)
 
 _watchdogs: list[Watchdog] = []  # this rank's, while it is in a group
 
@@ -74,7 +74,7 @@ def init(device: str, timeout_s: float) -> World:
     if size > 1:
         store = _meet(rank, size, timeout_s)
         dist.init_process_group("nccl" if on_cuda else "gloo", store=store, rank=rank, world_size=size,
-                                timeout=timedelta(seconds=PATIENCE * timeout_s), device_id=where if on_cuda else None)
+                                timeout=UNLIMITED, device_id=where if on_cuda else None)
         _watchdogs[-1].start()
     return World(rank, size, local_rank, where)
 
@@ -137,7 +137,7 @@ def close(world: World) -> None:
     """Leaves the group once all ranks are here, so that none is gone while another still works, which may be long: rank 0 exports."""
     if world.size > 1:
         with watchdog.exchange():
-            dist.barrier(timeout=timedelta(days=7))
+            dist.barrier()
         _watchdogs.pop().stop()
         dist.destroy_process_group()
 
@@ -169,7 +169,16 @@ def sync_if(ddp_model: nn.Module, last: bool) -> AbstractContextManager:
     """Gradients are exchanged in the backward of a step's last micro-batch only."""
     if not isinstance(ddp_model, DistributedDataParallel):
         return nullcontext()
-    return watchdog.exchange() if last else ddp_model.no_sync()
+    return _finished_exchange(ddp_model.device) if last else ddp_model.no_sync()
+
+
+@contextmanager
+def _finished_exchange(device: torch.device) -> Iterator[None]:
+    """An exchange that is over when its block is: NCCL's goes on in the background, and whoever waited for it later would not be seen waiting."""
+    with watchdog.exchange():
+        yield
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
 
 
 @watchdog.exchange()
@@ -298,7 +307,7 @@ def shard(groups: list[dict[str, Any]], make: Callable[[list[dict[str, Any]]], t
     from torch.distributed.optim import ZeroRedundancyOptimizer  # takes a second to import, and few runs shard
 
     optimizer = ZeroRedundancyOptimizer(groups, optimizer_class=make)
-    optimizer.step = watchdog.exchange()(optimizer.step)
+    optimizer.step = _finished_exchange(groups[0]["params"][0].device)(optimizer.step)
     return optimizer
 
 

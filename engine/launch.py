@@ -24,8 +24,9 @@ def main(argv: list[str]) -> int:
         logging.disable(logging.CRITICAL)
     # Told to stop, ranks finish their step and save. A large checkpoint takes longer than torchrun's 30 seconds.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
-    # What torchrun sends on to the ranks; by itself it would die of Slurm's SIGUSR1, and not live on under nohup.
-    sent_on = [one for one in (*StopRequest.SIGNALS, signal.SIGHUP, signal.SIGQUIT) if signal.getsignal(one) != signal.SIG_IGN]
+    # What torchrun sends on to the ranks; by itself it would die of Slurm's SIGUSR1, and not live on under nohup. A script's background job has
+    # SIGINT ignored, which a request to stop shall not be.
+    sent_on = [*StopRequest.SIGNALS, *(one for one in (signal.SIGHUP, signal.SIGQUIT) if signal.getsignal(one) != signal.SIG_IGN)]
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(one.name for one in sent_on))
     for one in StopRequest.SIGNALS:  # until there are ranks
         signal.signal(one, lambda *_: os._exit(PREEMPTED))

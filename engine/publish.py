@@ -6,8 +6,10 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
+from engine import watchdog
 from engine.errors import ENVIRONMENT, EngineError, rank_in_launch
 
 
@@ -24,8 +26,7 @@ def published(target: Path) -> Iterator[Path]:
         building.parent.mkdir(parents=True, exist_ok=True)
         yield building
         remove(target)
-        for path in [building, *building.rglob("*")]:  # a name that outlives a loss of power must not stand for less than it says
-            fsync(path)
+        watchdog.aside(partial(_synced, building))
         os.rename(building, target)
     except OSError as error:
         if error.filename and not str(error.filename).startswith(str(target.parent)):
@@ -76,6 +77,12 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _synced(building: Path) -> None:
+    """A name that outlives a loss of power must not stand for less than it says."""
+    for path in [building, *building.rglob("*")]:
+        fsync(path)
 
 
 def _unwritable(target: Path, error: OSError) -> EngineError:

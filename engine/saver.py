@@ -90,9 +90,7 @@ class Saver:
         """Until nothing is in flight. Raises what the thread met."""
         if self.thread:
             with watchdog.phase("saving a checkpoint"):
-                while self.thread.is_alive():
-                    self.thread.join(1.0)
-                    watchdog.mark(watchdog.now.phase, own=True)  # it is at work, and other ranks may be waiting for this one
+                watchdog.join(self.thread)  # it is at work, and other ranks may be waiting for this one
             self.thread = None
         if self.error:
             raise self.error

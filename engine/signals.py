@@ -3,13 +3,16 @@
 import os
 import signal
 import threading
+import time
 from types import FrameType
 
 from engine.errors import PREEMPTED, rank_in_launch
 
+SAME_S = 1.0  # a scheduler that signals every process of a job signals the launcher too, which sends it on to the ranks once more
+
 
 class StopRequest:
-    """`asked` turns true on SIGTERM, SIGINT or SIGUSR1; a second one of them ends the process at once.
+    """`asked` turns true on SIGTERM, SIGINT or SIGUSR1; another of them, a second or more after the first, ends the process at once.
 
     Until `ranks_agree` the first one leaves the block that the main thread is in, as Ctrl-C does: there is nothing to save yet.
     Python runs handlers between two calls of its own, and a call into torch can wait for minutes. So a thread listens too.
@@ -38,11 +41,12 @@ class StopRequest:
             raise SystemExit(PREEMPTED)
 
     def _listen(self) -> None:
-        came = 0
+        first = None
         while signals := os.read(self.reads, 1):
-            came += signals[0] in self.SIGNALS
-            if came == 2:
-                os._exit(128 + signals[0])
+            if signals[0] in self.SIGNALS:
+                first = first or time.monotonic()
+                if time.monotonic() - first > SAME_S:
+                    os._exit(128 + signals[0])
 
     def __enter__(self) -> "StopRequest":
         return self

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from engine.errors import PEER, EngineError
 
 PERIOD = 0.5  # seconds between beats of up to RANKS ranks; of more, in proportion: the store answers each with the beats of all
 RANKS = 64
+ALL_WAIT = 5  # times `timeout_s` after which an exchange that every rank is in is lost: nobody is late then, so a network or a device is
 IN_VAIN = "waited in vain"
 
 
@@ -68,6 +69,31 @@ def phase(name: str) -> Iterator[None]:
     yield
     now.phase, now.own = before
     now.marks, now.since = now.marks + 1, time.monotonic()
+
+
+def join(thread: threading.Thread) -> None:
+    """Waits for a thread's end. What a disk takes is progress, as long as it may be."""
+    while thread.is_alive():
+        thread.join(1.0)
+        if threading.current_thread() is threading.main_thread():
+            now.since = time.monotonic()
+
+
+def aside(work: Callable[[], None]) -> None:
+    """Does what a disk may take long for in a thread, as `join` waits for it; raises what it raises."""
+    raised: list[BaseException] = []
+
+    def caught() -> None:
+        try:
+            work()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=caught, name="disk", daemon=True)
+    thread.start()
+    join(thread)
+    if raised:
+        raise raised[0]
 
 
 @contextmanager
@@ -191,6 +217,11 @@ class Watchdog:
                 error = EngineError("PEER-HUNG", self._describe(late), PEER)
                 self.leave(IN_VAIN, False, tuple(late))
                 errors.end(error, speaks=first)
+            if now.inside and now.age > ALL_WAIT * self.timeout_s and self._all_wait() and not self.left:
+                error = EngineError("PEER-HUNG", f"all ranks have waited for {now.age:.0f} s in one exchange ({now.place}), so a network or a GPU has lost it: "
+                                    "look at both (dmesg, nvidia-smi), and start again, which goes on from the last checkpoint; or raise train.timeout_s", PEER)
+                self.leave(error.text, True)
+                errors.end(error, speaks=True)
             # An exchange with one that has left does not end. Of a ring its neighbours alone are told by the connection.
             left = self.deaf and self.host is not None or any(beat.left for beat in self.beats.values())
             blocked = blocked + passed if left and now.inside and now.age > self.period else 0.0
@@ -212,6 +243,10 @@ class Watchdog:
             return [self.host]  # it holds the store, and nobody can be heard without
         return [other for other, beat in self.beats.items() if self.silence(other) > self.timeout_s or
                 (beat.age + self.silence(other) > self.timeout_s and (beat.exchanges, beat.marks) < (now.exchanges, now.marks))]
+
+    def _all_wait(self) -> bool:
+        """Whether all are heard, and in the exchange that this rank is in."""
+        return all((beat.exchanges, beat.marks) == (now.exchanges, now.marks) for beat in self.beats.values())
 
     def _describe(self, late: list[int]) -> str:
         found = []

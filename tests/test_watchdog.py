@@ -17,7 +17,7 @@ import torch.distributed
 from conftest import Ranks, ragged_rows, write_rows
 from test_resume import FULL, LONG, result, steps_done
 
-from engine import checkpoint, distributed, errors, evaluate, export, loss, optim, stragglers, train
+from engine import checkpoint, distributed, errors, evaluate, export, loss, optim, publish, stragglers, train
 from engine.errors import BUG, ENVIRONMENT, PEER
 from engine.models import weights
 
@@ -193,6 +193,17 @@ def test_a_rank_that_stands_still_is_named(faulted, tmp_path, how, timeout_s, si
     assert note["exit_code"] == PEER and "E-PEER-HUNG" in note["message"] and f"rank {rank} has " in note["message"]
 
 
+def test_an_exchange_that_all_are_in_and_none_leaves_ends(recipe, ranks):
+    def main() -> None:
+        for rank in range(2):
+            on_call(rank, torch.distributed, "all_reduce", 4, stuck)
+        command(recipe(*ENDLESS, "train.timeout_s=1"))
+
+    started, began = ranks(2, main), time.monotonic()
+    assert started.wait() == [PEER, PEER] and time.monotonic() - began < 30
+    assert re.search(r"E-PEER-HUNG all ranks have waited for \d s in one exchange \(step 4, after backward\)", started.log.read_text())
+
+
 @pytest.mark.parametrize("rank, timeout_s", [(1, 3), *(pytest.param(rank, 10, marks=pytest.mark.faults) for rank in (0, 1, 3))])
 def test_a_short_stall_is_survived_to_the_bit(recipe, ranks, trained, tmp_path, rank, timeout_s):
     size = 2 if timeout_s < 10 else 4
@@ -221,7 +232,8 @@ def test_others_wait_for_one_that_works_alone_as_long_as_it_works(recipe, ranks,
 
     def main() -> None:
         on_call(0, checkpoint, "_sha256", 1, work)
-        on_call(0, export.Exporter, "compare", 1, work)
+        slow_disk = lambda: on_call(0, publish, "fsync", 1, lambda: time.sleep(3.3))  # noqa: E731  which takes no time of a processor
+        on_call(0, export.Exporter, "compare", 1, lambda: (work(), slow_disk()))
         command(recipe("train.timeout_s=2", "train.max_steps=3", "checkpoint.every_steps=2"))
 
     assert ranks(2, main).wait() == [0, 0]
