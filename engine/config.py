@@ -142,6 +142,7 @@ class Train:
     loss_scale_growth: int = option(2000, "fp16: steps without overflow after which the scale doubles", low=1)
     activation_checkpointing: int = option(0, "recompute activations: 0 never, 1 in every block, n in every n-th block", low=0)
     attention: str = option("auto", "attention over packed rows; auto names its choice", ("auto", "sdpa", "cpu", "fused", "reference"))
+    deterministic: bool = option(True, "on CUDA: kernels that give the same bits each time, which resume and replay are held to; they may be slower")
     timeout_s: float = option(120.0, "seconds that ranks wait for one that makes no progress; then the run ends with exit code 5", low=1)
 
 

@@ -49,11 +49,12 @@ class World:
         return self.rank == 0
 
 
-def init(device: str, timeout_s: float) -> World:
+def init(device: str, timeout_s: float, deterministic: bool = True) -> World:
     """Joins the group that a launcher described in the environment; a world of one without a launcher, and no group then.
 
     Args:
         device: "auto", "cpu" or "cuda". CUDA ranks talk over NCCL, CPU ranks over gloo.
+        deterministic: CUDA's kernels and libraries give the same bits each time, where they have a way to; torch warns of one that has none.
     """
     rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in
                               (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -67,6 +68,10 @@ def init(device: str, timeout_s: float) -> World:
     where = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
     if on_cuda:
         torch.cuda.set_device(where)
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS reads when it is first used
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # with NaN, which would find bugs and takes time
     else:
         # oneDNN keeps a compiled product for every shape it met, megabytes each, up to 1024 of them. Packs differ in shape
         # from step to step; this many are those of a few micro-batches.

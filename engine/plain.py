@@ -79,7 +79,7 @@ def measure(own: Recipe, narrow: Recipe, wide: Recipe, steps: int, folder: Path)
     Args:
         own: the user's recipe. narrow, wide: as engine.train is run for its gradients, with weights as stored and in fp32.
     """
-    world = distributed.init(own.train.device, own.train.timeout_s)
+    world = distributed.init(own.train.device, own.train.timeout_s, own.train.deterministic)
     base = hub.resolve(own.model.path, own.model.init == "pretrained")
     raw = weights.read_config(base.folder)
     with torch.device("meta"):

@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
         num_steps = min(plan.num_steps, cfg.train.max_steps or plan.num_steps)
 
         # ---- Processes ----------------------------------------------------------------------------------------------
-        world = distributed.init(cfg.train.device, cfg.train.timeout_s)
+        world = distributed.init(cfg.train.device, cfg.train.timeout_s, cfg.train.deterministic)
         device = world.device
         stop.ranks_agree()
         base.check_same(distributed.gather_text(base.commit or "", world))

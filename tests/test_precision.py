@@ -2,12 +2,14 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
+from forks import forked
 from safetensors.torch import load_file
 
-from engine import loss, precision, train
+from engine import distributed, loss, precision, train
 from engine.errors import NUMERIC, EngineError
 from engine.linear import Embedding, Linear
 from engine.precision import LossScale
@@ -144,3 +146,15 @@ def test_the_gradient_of_a_narrow_trained_weight_is_that_of_its_wide_copy_rounde
     torch.testing.assert_close(*outs, rtol=1e-6, atol=1e-6)
     assert narrow.weight.grad.dtype == torch.bfloat16
     torch.testing.assert_close(narrow.weight.grad.float(), wide.weight.grad, rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_cuda_gives_the_same_bits_each_time_where_the_recipe_says_so(monkeypatch, deterministic):
+    def look() -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+        assert distributed.init("auto", 60, deterministic).device.type == "cuda"
+        assert torch.are_deterministic_algorithms_enabled() == deterministic == (os.environ.get("CUBLAS_WORKSPACE_CONFIG") == ":4096:8")
+
+    forked(look)
