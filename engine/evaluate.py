@@ -24,9 +24,9 @@ from engine.data.tokenizer import Tokenizer, stops
 from engine.distributed import World
 from engine.loss import summed_cross_entropy
 from engine.precision import Precision
-from engine.sampling import generate
+from engine.sampling import generate, rows_at_once
 
-ROWS_AT_ONCE = 64  # generated side by side
+ROWS_AT_ONCE = 64  # answered side by side at most
 
 
 @dataclass(frozen=True)
@@ -116,14 +116,14 @@ class Evaluation:
 
     def _answers(self, model: nn.Module, rows: int) -> list[Sample]:
         """The greedy answers to the first `rows` questions, in their order, on every rank."""
-        mine = list(range(self.world.rank, rows, self.world.size))
-        answers: dict[int, list[int]] = {}
-        for start in self._progress(range(0, len(mine), ROWS_AT_ONCE), "answering"):
-            numbers = mine[start : start + ROWS_AT_ONCE]
-            prompts = [self.dataset.prompt_and_answer(self.asked[number])[0] for number in numbers]
+        mine = {number: self.dataset.prompt_and_answer(self.asked[number])[0] for number in range(self.world.rank, rows, self.world.size)}
+        prompts, most_new = list(mine.values()), self.cfg.max_new_tokens
+        at_once = rows_at_once(model, prompts, most_new, ROWS_AT_ONCE)
+        generated: list[list[int]] = []
+        for start in self._progress(range(0, len(mine), at_once), "answering"):
             with self.precision.context():
-                generated = generate(model, prompts, stops(self.data.template, self.tokenizer), self.cfg.max_new_tokens)
-            answers.update(zip(numbers, generated, strict=True))
+                generated += generate(model, prompts[start : start + at_once], stops(self.data.template, self.tokenizer), most_new)
+        answers = dict(zip(mine, generated, strict=True))
         for part in distributed.gather_text(json.dumps(answers), self.world):
             answers.update({int(number): answer for number, answer in json.loads(part).items()})
         return [self._sample(number, answers[number]) for number in range(rows)]

@@ -33,7 +33,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--input", metavar="TEXT", default="", help="what the instruction is about, if it needs that")
     parser.add_argument("--file", type=Path, metavar="ROWS.jsonl", help="rows as for training; they need no output")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where the file's answers go, a new file [the terminal]")
-    parser.add_argument("--batch", type=between(int, 1), default=16, metavar="N", help="rows of the file answered at once [16]")
+    parser.add_argument("--batch", type=between(int, 1), default=16, metavar="N", help="rows of the file answered at once, fewer where long [16]")
     parser.add_argument("--temperature", type=between(float, 0), default=0.0, metavar="T", help="0 takes the likeliest token [0]")
     parser.add_argument("--top-p", type=between(float, 0, 1), default=1.0, metavar="P", help="draw from the fewest tokens that hold P [1]")
     parser.add_argument("--seed", type=between(int, 0, 2**63 - 1), default=0, metavar="N", help="of the draws [0]")
@@ -89,15 +89,18 @@ def answer_file(answerer: "Answerer", rows: list[Row], args: argparse.Namespace)
     """Writes {"instruction", "input", "answer"} for each row, in the rows' order, batch by batch."""
     from tqdm import tqdm
 
+    from engine.sampling import rows_at_once
+
     prompts = [answerer.prompt(row, f"{args.file}:{row.line}: ") for row in rows]
+    at_once = rows_at_once(answerer.model, prompts, args.max_new_tokens, args.batch)
     try:
         out = args.out.open("x", encoding="utf-8") if args.out else sys.stdout
     except OSError as error:
         raise EngineError("ENVIRONMENT-OUT", f"{args.out}: cannot be written: {error.strerror}; name another file", ENVIRONMENT) from error
     with tqdm(total=len(rows), desc="answering", unit=" rows", disable=not sys.stderr.isatty(), leave=False) as progress:
-        for start in range(0, len(rows), args.batch):
-            batch = rows[start : start + args.batch]
-            for row, ids in zip(batch, answerer.answer(prompts[start : start + args.batch]), strict=True):
+        for start in range(0, len(rows), at_once):
+            batch = rows[start : start + at_once]
+            for row, ids in zip(batch, answerer.answer(prompts[start : start + at_once]), strict=True):
                 asked = row.messages[0]
                 record = {"instruction": asked.content, "input": asked.input, "answer": answerer.tokenizer.decode(ids)}
                 print(json.dumps(record, ensure_ascii=False), file=out)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+CACHE_BYTES = 2 << 30  # of the keys and values of rows that are answered side by side
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -14,6 +16,18 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+
+
+def rows_at_once(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int, most: int) -> int:
+    """How many of the prompts are answered side by side: as many as have room in CACHE_BYTES, 1 to `most`."""
+    config = model.config
+    of_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.arithmetic.itemsize
+    return max(1, min(most, CACHE_BYTES // (of_token * _capacity(model, prompts, max_new_tokens))))
+
+
+def _capacity(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
+    """Tokens that a row can reach."""
+    return min(max(map(len, prompts), default=0) + max_new_tokens, model.config.max_position_embeddings)
 
 
 @torch.no_grad()
@@ -29,9 +43,8 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], stops: Collecti
     """
     device = model.lm_head.weight.device
     limit = model.config.max_position_embeddings
-    capacity = min(max(map(len, prompts)) + max_new_tokens, limit)
     generator = torch.Generator(device).manual_seed(sampling.seed)
-    cache = model.cache(len(prompts), capacity)
+    cache = model.cache(len(prompts), _capacity(model, prompts, max_new_tokens))
     positions = cache.begin([len(prompt) for prompt in prompts])
     ids = torch.tensor([number for prompt in prompts for number in prompt], device=device)
     last = torch.tensor([len(prompt) for prompt in prompts], device=device).cumsum(0) - 1

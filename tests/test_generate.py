@@ -13,16 +13,18 @@ import torch
 from conftest import ROOT, a_row, load_dataset, ragged_rows, write_rows
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from engine import evaluate, lora, sampling
 from engine import generate as command
-from engine import lora
 from engine.adapter import save
 from engine.attention import PackedAttention
-from engine.config import Lora
+from engine.config import Data, Evaluate, Lora
 from engine.data.template import TEMPLATES
 from engine.data.tokenizer import end_of, load_tokenizer, prompt_ids, stops
+from engine.distributed import World
 from engine.dropout import DropoutKeys
 from engine.errors import ENVIRONMENT, USER, EngineError
 from engine.export import load_for_inference
+from engine.precision import choose
 from engine.sampling import Sampling, _choose, generate
 
 CPU = torch.device("cpu")
@@ -201,6 +203,41 @@ def test_a_file_of_rows(folder, model, tmp_path, capsys):
     same = write_rows(tmp_path / "same.jsonl", rows[:1] * 4)  # one row in four batches: each draws anew
     command.main([*start[:-4], "--file", str(same), "--batch", "1", "--temperature", "1.5"])
     assert len(set(capsys.readouterr().out.splitlines())) == 4
+
+
+@pytest.mark.parametrize(("room", "at_once"), [(0, 1), (1.0, 1), (2.99, 2), (5.0, 5), (1e6, 7)])
+def test_as_many_rows_are_answered_at_once_as_their_keys_and_values_have_room(room, at_once, folder, model, tmp_path, monkeypatch, capsys):
+    """In an evaluation and for a file of rows; the answers are the same. `room`: of how many rows of the longest prompt."""
+    rows = ragged_rows(7)
+    source, tokenizer = write_rows(tmp_path / "rows.jsonl", rows), load_tokenizer(folder)
+    asked = load_dataset(source, tokenizer, "alpaca", 256, "error", tmp_path / "cache")
+    judge = evaluate.Evaluation(asked, tokenizer, Data(str(source)), Evaluate(max_new_tokens=12), "sdpa", choose("fp32", None, CPU), World(0, 1, 0, CPU))
+    usual, whole = judge._answers(model, 7), asked.prompt_and_answer
+    cache = model.cache(1, max(len(whole(row)[0]) for row in range(7)) + 12)  # what it takes is counted on the cache itself
+    monkeypatch.setattr(sampling, "CACHE_BYTES", int(room * (cache.keys.nbytes + cache.values.nbytes)))
+    seen: list[int] = []
+
+    def count(model, prompts, *rest):
+        seen.append(len(prompts))
+        return generate(model, prompts, *rest)
+
+    monkeypatch.setattr(evaluate, "generate", count)
+    monkeypatch.setattr(sampling, "generate", count)
+    assert judge._answers(model, 7) == usual and len({sample.answer for sample in usual}) > 3
+    sizes = [at_once] * (7 // at_once) + [7 % at_once] * (7 % at_once > 0)
+    assert seen == sizes
+    seen.clear()
+    command.main(["--model", str(folder), "--max-new-tokens", "12", "--device", "cpu", "--file", str(source), "--batch", "8"])
+    assert [json.loads(line)["answer"] for line in capsys.readouterr().out.splitlines()] == [sample.answer for sample in usual]
+    assert seen == sizes
+
+
+def test_rows_that_end_at_the_last_position_need_room_no_further(model):
+    config, prompts = model.config, [[5] * 100, [6]]
+    of_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    for new, tokens in ((10, 110), (60, 160), (5000, 160)):
+        assert sampling.rows_at_once(model, prompts, new, 1 << 40) == sampling.CACHE_BYTES // (of_token * tokens)
+    assert sampling.rows_at_once(model, prompts, 10, 3) == 3
 
 
 def test_a_chat_over_a_pipe(folder, model, capsys, monkeypatch):

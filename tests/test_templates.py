@@ -349,14 +349,15 @@ def test_generation_stops_at_every_end_that_is_listed(tiny, tmp_path, monkeypatc
     assert tokenizer.eos == 2 and stops("alpaca", tokenizer) == {2, *([] if listed is None else listed if isinstance(listed, list) else [listed])}
     seen = []
     monkeypatch.setattr("engine.sampling.generate", lambda model, prompts, ends, *rest: (seen.append(ends), [[] for _ in prompts])[1])
-    command.Answerer(command.arguments(["--model", str(folder), "--device", "cpu"])).answer([[1]])
+    answerer = command.Answerer(command.arguments(["--model", str(folder), "--device", "cpu"]))
+    answerer.answer([[1]])
     monkeypatch.setattr(evaluate, "generate", lambda model, prompts, ends, *rest: (seen.append(ends), [[] for _ in prompts])[1])
     judge = evaluate.Evaluation.__new__(evaluate.Evaluation)
     judge.dataset, judge.asked, judge.data = SimpleNamespace(prompt_and_answer=lambda row: ([1], [2])), [0], Data()
     judge.cfg, judge.tokenizer = config.Evaluate(), tokenizer
     judge.world, judge.precision = SimpleNamespace(rank=0, size=1, is_first=False), SimpleNamespace(context=nullcontext)
     monkeypatch.setattr(evaluate.distributed, "gather_text", lambda text, world: [text])
-    judge._answers(None, 1)
+    judge._answers(answerer.model, 1)
     assert seen == [stops("alpaca", tokenizer)] * 2
 
 
