@@ -4,7 +4,7 @@
     python -m engine.convert models/mine merged --adapter runs/lora/export/adapter
     python -m engine.convert org/name@revision mine.gguf --dtype q8_0
 
-Every target is written under a temporary name and gets its own once it is whole.
+Every target is written under a temporary name, read back, and gets its own once it is whole.
 """
 
 from pathlib import Path
@@ -30,6 +30,8 @@ def main(argv: list[str]) -> None:
         parser.error(f"--dtype: got {args.dtype} for a folder, expected one of {', '.join(DTYPES[kind])}")
     if args.source.is_dir() or args.source.suffix != ".gguf" and hub.is_name(str(args.source)):
         from_folder(args.source, args.target, args.dtype, args.adapter)
+    elif not args.source.exists():
+        raise EngineError("CONVERT-SOURCE", f"{args.source}: is not there, expected a .gguf file, a model folder, or org/name[@revision] on the hub")
     elif kind == "gguf" or args.adapter:
         parser.error(f"SOURCE: got the file {args.source}, expected a model folder here; convert it to a folder first")
     else:
@@ -42,32 +44,23 @@ def from_folder(source: Path, target: Path, dtype: str, adapter: Path | None) ->
     """Writes `target`, a folder or a GGUF file, from a model folder or a name on the hub, with `adapter` merged where one is given.
 
     Raises:
-        EngineError: the target exists or cannot be written; the source is no model, or one that GGUF is not written for.
+        EngineError: the target exists, cannot be written or cannot be read back; the source is no model, or one that GGUF is not written for.
     """
     if target.exists():
         raise EngineError("CONVERT-TARGET", f"{target}: exists already; name another, or remove this one")
 
     import torch
 
-    from engine import gguf_out, lora
-    from engine.adapter import load
-    from engine.data.tokenizer import copy_tokenizer
-    from engine.models import weights
-    from engine.precision import DTYPES as TORCH_DTYPES
+    from engine.export import load_for_inference, note_of, read_back, read_model, words_of, write_model
 
     source = hub.resolve(str(source)).folder
-    config = weights.read_config(source)
-    model = weights.build(source, "pretrained", 0, torch.float32, torch.float32, torch.device("cpu"))
-    if adapter:
-        load(model, adapter)
-        lora.fold(model)
+    model = load_for_inference(source, adapter, torch.float32, torch.device("cpu"))
+    note = adapter and note_of(adapter) or note_of(source)
     with published(target) as building:
-        if target.suffix == ".gguf":
-            gguf_out.write(building, config, weights.untied(model), source, dtype)
-        else:
-            building.mkdir()
-            weights.write_folder(building, config, {name: tensor.to(TORCH_DTYPES[dtype]) for name, tensor in weights.untied(model).items()})
-            copy_tokenizer(source, building)
+        write_model(building, model, source, words_of(source, adapter), note, dtype)
+        del model  # room for what is read
+        with read_back(target):
+            read_model(building, dtype if dtype in DTYPES["folder"] else "bf16", torch.float32, torch.device("cpu"))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
-"""What a run leaves for others: folders and files that transformers, peft, vLLM and llama.cpp load, each proven before it counts.
+"""Models for others: folders and files that transformers, peft, vLLM and llama.cpp load. A run's, each proven before it counts:
 
     export/adapter/   PEFT layout          export/model/   Hugging Face layout, adapters merged          export/model.gguf
 
 Every one is written under a temporary name, read back from disk, and compared with the model in memory: logits on rows,
 token by token. Only then does it get its name. Folders hold the tokenizer and engine.json, which names template and system
-prompt, so that engine.generate asks as training did, and which reports the comparison.
+prompt, so that engine.generate asks as training did, and which reports the comparison. engine.convert writes by the same functions.
 """
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,16 @@ from engine import adapter, gguf_in, gguf_out, lora, watchdog
 from engine.attention import PackedAttention
 from engine.config import Recipe
 from engine.data.dataset import Dataset
-from engine.data.tokenizer import copy_tokenizer, end_of, load_tokenizer, read_json, stops
-from engine.errors import CHECKPOINT, EngineError
+from engine.data.template import TEMPLATES
+from engine.data.tokenizer import VOCABULARIES, copy_tokenizer, end_of, load_tokenizer, read_json, stops
+from engine.errors import CHECKPOINT, ENVIRONMENT, EngineError
 from engine.hub import Base
 from engine.models import weights
 from engine.precision import DTYPES, Precision
 from engine.publish import published
 
-NOTE = "engine.json"
+NOTE, GENERATION = "engine.json", "generation_config.json"
+NOTED = {"template": str, "system": str | None, "max_length": int}
 TOKENS_OF_A_ROW = 256  # compared at most: logits of long rows would take gigabytes
 
 
@@ -59,7 +62,7 @@ class Exporter:
 
     def __init__(self, model: nn.Module, cfg: Recipe, rows: Dataset, precision: Precision, base: Base, words: Path) -> None:
         self.model, self.cfg, self.precision, self.base, self.words = model, cfg, precision, base, words
-        self.config = {**weights.read_config(base.folder), "vocab_size": model.config.vocab_size}
+        self.note = {"template": cfg.data.template, "system": cfg.data.system, "max_length": cfg.data.max_length}
         self.rows = [torch.from_numpy(rows.read(document)[0][:TOKENS_OF_A_ROW].astype("int64")) for document in range(min(cfg.export.verify_rows, len(rows)))]
 
     @watchdog.phase("export")
@@ -78,19 +81,15 @@ class Exporter:
     def _publish(self, target: Path, write: Callable, load: Callable) -> Agreement:
         with published(target) as building:
             write(self, building)
-            try:
+            with read_back(target):
                 other = load(self, building)
-            except EngineError as error:
-                raise EngineError("EXPORT-DIFFERS", f"{target}: cannot be read back: {error.text}; nothing of it was kept", CHECKPOINT) from error
             found = self.compare(other)
             if not found.kl <= self.cfg.export.max_kl:
                 raise EngineError("EXPORT-DIFFERS", f"{target}: read back, it is not the model that was trained: mean KL divergence {found.kl:.2e} nats a "
                                   f"token, expected at most export.max_kl = {self.cfg.export.max_kl}, largest logit difference {found.max_abs_logit:.2e}; "
                                   "nothing of it was kept. Is the disk sound?", CHECKPOINT)
             if building.is_dir():
-                data = self.cfg.data
-                note = {"template": data.template, "system": data.system, "max_length": data.max_length, "agreement_with_training": asdict(found)}
-                (building / NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+                _write_json(building / NOTE, {**self.note, "agreement_with_training": asdict(found)})
         return found
 
     @torch.no_grad()
@@ -124,62 +123,107 @@ class Exporter:
 
     def _read_adapter(self, folder: Path) -> nn.Module:
         """On the base as its folder has it, in the recipe's types."""
-        model = self._build(self.base.folder, DTYPES[self.cfg.model.dtype])
+        model = read_model(self.base.folder, self.cfg.model.dtype, self.precision.residual, self._device(self.cfg.model.dtype))
         adapter.load(model, folder)
         return model
 
-    def _write_model(self, folder: Path) -> None:
-        folder.mkdir()
-        weights.write_folder(folder, self.config, self._tensors())
-        copy_tokenizer(self.words, folder)
-        path, tokenizer, template = folder / "generation_config.json", load_tokenizer(self.words), self.cfg.data.template
-        settings = read_json(path) or {key: self.config[key] for key in ("bos_token_id", "pad_token_id") if key in self.config}
-        end = end_of(template, tokenizer)  # others look here for what ends an answer
-        settings["eos_token_id"] = [end, *sorted(more)] if (more := stops(template, tokenizer) - {end}) else end
-        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    def _write_model(self, path: Path) -> None:
+        write_model(path, self.model, self.base.folder, self.words, self.note, getattr(self.cfg.export, "gguf_type" if path.suffix == ".gguf" else "dtype"))
 
-    def _read_model(self, folder: Path) -> nn.Module:
-        return self._build(folder, DTYPES[self.cfg.export.dtype])
+    def _read_model(self, path: Path) -> nn.Module:
+        dtype = self.cfg.export.dtype
+        return read_model(path, dtype, self.precision.residual, self._device(dtype))
 
-    def _write_gguf(self, path: Path) -> None:
-        gguf_out.write(path, self.config, self._tensors(), self.words, self.cfg.export.gguf_type)
-
-    def _read_gguf(self, path: Path) -> nn.Module:
-        """By way of a folder, as a user would who converts it back."""
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            gguf_in.to_folder(path, Path(folder) / "model", self.cfg.export.dtype)
-            return self._read_model(Path(folder) / "model")
-
-    def _tensors(self) -> dict[str, Tensor]:
-        """The whole model's tensors in export.dtype, adapters merged."""
-        merged = lora.merged_weights(self.model)
-        return {name: (merged[name]() if name in merged else tensor).to(DTYPES[self.cfg.export.dtype])
-                for name, tensor in weights.untied(self.model).items() if ".lora_" not in name}
-
-    def _build(self, folder: Path, dtype: torch.dtype) -> nn.Module:
-        return weights.build(folder, "pretrained", 0, dtype, self.precision.residual, self._device(self.model)).requires_grad_(False)
-
-    def _device(self, model: nn.Module) -> torch.device:
-        """Where a second model fits: beside the first, or on the CPU where the GPU is too full for it."""
-        device = model.lm_head.weight.device
+    def _device(self, dtype: str) -> torch.device:
+        """Where a second model, in `dtype`, fits: beside the first, or on the CPU where the GPU is too full for it."""
+        device = self.model.lm_head.weight.device
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
-            if free < 1.2 * sum(parameter.nbytes for parameter in model.parameters()):
+            if free < 1.2 * DTYPES[dtype].itemsize * sum(parameter.numel() for parameter in self.model.parameters()):
                 return torch.device("cpu")
         return device
 
 
-KINDS = {"adapter": (Exporter._write_adapter, Exporter._read_adapter), "model": (Exporter._write_model, Exporter._read_model),
-         "gguf": (Exporter._write_gguf, Exporter._read_gguf)}
+KINDS = {"adapter": (Exporter._write_adapter, Exporter._read_adapter), **dict.fromkeys(("model", "gguf"), (Exporter._write_model, Exporter._read_model))}
 
 
-def template_of(folder: Path) -> tuple[str | None, str | None]:
-    """The template and the system prompt that a model or adapter was trained with, if the folder says."""
+# ---- A whole model, of a run or of engine.convert --------------------------------------------------------------------
+
+
+def merged(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) in `dtype` on the host, adapters merged in fp32. One matrix at a time lies beside the model, merged or widened."""
+    adapted = {f"{name}.weight": module for name, module in lora.adapters(model).items()}
+    for name, tensor in weights.untied(model).items():
+        if ".lora_" not in name:
+            yield name, (adapted[name].merged_weight() if name in adapted else tensor).cpu().to(dtype)
+
+
+def write_model(path: Path, model: nn.Module, base: Path, words: Path, note: dict[str, Any], dtype: str) -> None:
+    """Writes `model`, adapters merged in fp32 and rounded once to `dtype`: a GGUF file where the name ends so, else a folder.
+
+    Args:
+        base: the folder whose config.json it is, but for the size of the vocabulary.
+        words: the tokenizer's.
+        note: what engine.json is to say; nothing, and there is none.
+
+    Raises:
+        EngineError: the tokenizer has ids that the model has no embedding for, or lacks the end of the note's template.
+    """
+    config, tokenizer = {**weights.read_config(base), "vocab_size": model.config.vocab_size}, load_tokenizer(words, base)
+    if tokenizer.size > config["vocab_size"]:
+        raise EngineError("EXPORT-VOCABULARY", f"{words}: the tokenizer has {tokenizer.size} ids, the model {config['vocab_size']}; name the model's own")
+    if path.suffix == ".gguf":
+        return gguf_out.write(path, config, merged(model, torch.float32), words, dtype, base)
+    path.mkdir()
+    weights.write_folder(path, config, merged(model, DTYPES[dtype]))
+    copy_tokenizer(words, path)
+    settings = read_json(words / GENERATION) or read_json(base / GENERATION)
+    if (template := note.get("template")) in TEMPLATES:
+        settings = settings or {key: config[key] for key in ("bos_token_id", "pad_token_id") if key in config}
+        end = end_of(template, tokenizer)  # others look here for what ends an answer
+        settings["eos_token_id"] = [end, *sorted(more)] if (more := stops(template, tokenizer) - {end}) else end
+    for name, content in ((GENERATION, settings), (NOTE, note)):
+        if content:
+            _write_json(path / name, content)
+
+
+def read_model(path: Path, dtype: str, arithmetic: torch.dtype, device: torch.device) -> nn.Module:
+    """What `write_model` wrote, with its weights in `dtype`; a GGUF file by way of a folder, as a user would who converts it back."""
+    if path.is_dir():
+        return weights.build(path, "pretrained", 0, DTYPES[dtype], arithmetic, device).requires_grad_(False)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        gguf_in.to_folder(path, Path(folder) / "model", dtype)
+        return read_model(Path(folder) / "model", dtype, arithmetic, device)
+
+
+@contextmanager
+def read_back(target: Path) -> Iterator[None]:
+    """Errors of the block are those of a `target` that was written and cannot be read."""
     try:
-        note: dict[str, Any] = json.loads((folder / NOTE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None, None
-    return note.get("template"), note.get("system")
+        yield
+    except EngineError as error:
+        if error.exit_code == ENVIRONMENT:  # no room for a GGUF file's folder
+            raise
+        raise EngineError("EXPORT-DIFFERS", f"{target}: cannot be read back: {error.text}; nothing of it was kept", CHECKPOINT) from error
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def note_of(folder: Path) -> dict[str, Any]:
+    """How a model or an adapter was trained: what its folder says of `NOTED`, nothing where it does not say."""
+    try:
+        note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
+        return {key: value for key, value in note.items() if isinstance(value, NOTED.get(key, ()))}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return {}
+
+
+def words_of(base: Path, adapter_folder: Path | None) -> Path:
+    """The folder of the tokenizer: the adapter's where it has one, which may have tokens that the base lacks."""
+    own = adapter_folder and any((adapter_folder / name).is_file() for name in VOCABULARIES)
+    return adapter_folder if own else base
 
 
 def load_for_inference(model: Path, adapter_folder: Path | None, dtype: torch.dtype, device: torch.device) -> nn.Module:

@@ -117,8 +117,8 @@ class Answerer:
     def __init__(self, args: argparse.Namespace) -> None:
         import torch
 
-        from engine.data.tokenizer import VOCABULARIES, load_tokenizer, stops
-        from engine.export import load_for_inference, template_of
+        from engine.data.tokenizer import load_tokenizer, stops
+        from engine.export import load_for_inference, note_of, words_of
         from engine.precision import DTYPES
 
         on_cuda = torch.cuda.is_available() and args.device != "cpu"
@@ -126,15 +126,15 @@ class Answerer:
             raise EngineError("ENVIRONMENT-CUDA", "--device cuda, but torch sees no CUDA device; leave it out", ENVIRONMENT)
         found = hub.resolve(args.model) if args.model else base_of(args.adapter)
         base, folder = found.folder, args.adapter or found.folder
-        (noted, system), dtype = template_of(folder), args.dtype or ("bf16" if on_cuda else "fp32")
+        note, dtype = note_of(folder), args.dtype or ("bf16" if on_cuda else "fp32")
+        noted, system = note.get("template"), note.get("system")
         self.template = args.template or noted or "alpaca"
         shown = args.adapter or found
         why = "asked for" if args.template else f"{shown} says so" if noted else f"{shown} names none"
         if self.template not in TEMPLATES:
             raise EngineError("GENERATE-TEMPLATE", f"{folder}: names the template {noted!r}, expected one of {', '.join(TEMPLATES)}")
         self.system = args.system if args.system is not None else system if self.template == noted else None
-        own = args.adapter and any((args.adapter / name).is_file() for name in VOCABULARIES)  # it may have tokens that the base lacks
-        self.tokenizer = load_tokenizer(args.adapter if own else base, base)
+        self.tokenizer = load_tokenizer(words_of(base, args.adapter), base)
         self.stops = stops(self.template, self.tokenizer)
         self.model = load_for_inference(base, args.adapter, DTYPES[dtype], torch.device("cuda" if on_cuda else "cpu"))
         if self.tokenizer.size > self.model.config.vocab_size:

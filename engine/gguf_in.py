@@ -1,7 +1,7 @@
 """A GGUF file -> a model folder in Hugging Face layout, which every command reads.
 
 Llama and Qwen2 architectures. Quantised weights are widened, which adds size and no accuracy. What the file holds and the
-folder would not is refused by name. Memory: the folder's weights once, and one tensor in fp32.
+folder would not is refused by name. Memory: one of the folder's files, and one tensor in fp32.
 
 Read downward: the whole, config, weights, tokenizer. The format: docs/gguf.md and gguf-py in ggml's repositories.
 """
@@ -9,11 +9,13 @@ Read downward: the whole, config, weights, tokenizer. The format: docs/gguf.md a
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
+from engine.data.memo import WORDS
 from engine.errors import EngineError, extra
 from engine.publish import published
 
@@ -54,7 +56,6 @@ def to_folder(source: Path, target: Path, dtype: str) -> None:
     gguf = extra("gguf", source)
 
     import torch
-    from safetensors import SafetensorError
 
     from engine.data.tokenizer import load_tokenizer
     from engine.models import weights
@@ -71,10 +72,7 @@ def to_folder(source: Path, target: Path, dtype: str) -> None:
     with published(target) as building:
         building.mkdir()
         write_tokenizer(building, metadata)
-        try:
-            weights.write_folder(building, config, tensors_of(metadata, raw, names, config, DTYPES[dtype]))
-        except SafetensorError as error:  # what it makes of a full disk
-            raise OSError(str(error)) from error
+        weights.write_folder(building, config, tensors_of(metadata, raw, names, config, DTYPES[dtype]))
         # What was written is read back: names and shapes must be what config.json means, ids must have an embedding.
         weights.build(building, "pretrained", 0, DTYPES[dtype], DTYPES[dtype], torch.device("meta"))
         if (size := load_tokenizer(building).size) > config["vocab_size"]:
@@ -165,8 +163,8 @@ def hf_names(metadata: Metadata, raw: dict[str, Any]) -> dict[str, str]:
     return names
 
 
-def tensors_of(metadata: Metadata, raw: dict[str, Any], names: dict[str, str], config: dict[str, Any], dtype: Any) -> dict[str, Any]:
-    """The folder's tensors by name, in `dtype`.
+def tensors_of(metadata: Metadata, raw: dict[str, Any], names: dict[str, str], config: dict[str, Any], dtype: Any) -> Iterator[tuple[str, Any]]:
+    """The folder's tensors with their names, in `dtype`.
 
     llama.cpp turns neighbours (2i, 2i + 1) of a head by one angle, Hugging Face's layout turns (i, i + C/2). What writes
     GGUF reorders the rows of the query and key projections for that, and here they are put back.
@@ -177,7 +175,6 @@ def tensors_of(metadata: Metadata, raw: dict[str, Any], names: dict[str, str], c
 
     turned = metadata.architecture == "llama"  # Qwen2's rows are in the same order in both
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]} if turned else {}
-    tensors = {}
     for name, hf_name in tqdm(names.items(), desc="weights", unit=" tensors", disable=not sys.stderr.isatty(), leave=False):
         try:
             values = np.array(dequantize(raw[name].data, raw[name].tensor_type), dtype=np.float32)
@@ -187,17 +184,15 @@ def tensors_of(metadata: Metadata, raw: dict[str, Any], names: dict[str, str], c
             if len(values) != count * config["head_dim"]:
                 metadata.refuse(f"{name} is {list(values.shape)}, expected {count} heads of {config['head_dim']} rows")
             values = values.reshape(count, config["head_dim"] // 2, 2, -1).swapaxes(1, 2).reshape(values.shape)
-        tensors[hf_name] = torch.from_numpy(values).to(dtype)
-        if not tensors[hf_name].isfinite().all():
+        tensor = torch.from_numpy(values).to(dtype)
+        if not tensor.isfinite().all():
             metadata.refuse(f"{name} is not finite in {dtype}; bf16 and fp32 hold larger numbers than fp16")
-    return tensors
+        yield hf_name, tensor
 
 
 # ---- Tokenizer ------------------------------------------------------------------------------------------------------
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type; sentencepiece counts alike
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-QWEN2 = LLAMA3.replace("{1,3}", "")
 
 
 def special_ids(metadata: Metadata) -> dict[str, int]:
@@ -236,8 +231,8 @@ def pre_tokenizers(source: Path) -> dict[str, Any]:
     gpt2 = tk.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     byte_level = tk.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     rules = {"gpt-2": [gpt2], "default": [gpt2], "smollm": [tk.pre_tokenizers.Digits(individual_digits=True), gpt2],
-             "llama-bpe": [tk.pre_tokenizers.Split(tk.Regex(LLAMA3), "isolated"), byte_level],
-             "qwen2": [tk.pre_tokenizers.Split(tk.Regex(QWEN2), "isolated"), byte_level]}
+             "llama-bpe": [tk.pre_tokenizers.Split(tk.Regex(WORDS % "{1,3}"), "isolated"), byte_level],
+             "qwen2": [tk.pre_tokenizers.Split(tk.Regex(WORDS % ""), "isolated"), byte_level]}
     return {name: tk.pre_tokenizers.Sequence(rule) for name, rule in rules.items()}
 
 

@@ -5,7 +5,7 @@ file does not know how to say, is refused by name. The inverse of gguf_in.py; na
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.data.tokenizer import load_tokenizer
+from engine.data.tokenizer import load_tokenizer, read_json
 from engine.errors import EngineError, extra
 from engine.gguf_in import ARCHITECTURES, CONTROL, IN_BLOCK, NORMAL, UNUSED, USER_DEFINED, WHOLE, pre_tokenizers
 from engine.models import FAMILIES
@@ -23,14 +23,15 @@ from engine.models.llama import ROPE_SCALINGS
 TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 
 
-def write(path: Path, config: dict[str, Any], tensors: Mapping[str, Tensor], folder: Path, dtype: str) -> None:
+def write(path: Path, config: dict[str, Any], tensors: Iterable[tuple[str, Tensor]], folder: Path, dtype: str, base: Path | None = None) -> None:
     """Writes `path`.
 
     Args:
         config: the content of config.json.
-        tensors: by Hugging Face's names, without the head where it is tied.
+        tensors: with Hugging Face's names, without the head where it is tied.
         folder: of the tokenizer.
         dtype: of matrices: "fp32", "fp16", "bf16" or "q8_0" (8 bits in blocks of 32 with a scale).
+        base: the model's folder, where the tokenizer's is another.
 
     Raises:
         EngineError: an architecture, a rope scaling, a tokenizer or a shape that is not written.
@@ -44,12 +45,12 @@ def write(path: Path, config: dict[str, Any], tensors: Mapping[str, Tensor], fol
         refuse(path, f"{sum(map(bool, model.windows))} layers see a window of tokens only")
     writer = gguf.GGUFWriter(path, architectures[model_type])
     write_config(writer, model, gguf)
-    write_tokenizer(writer, path, folder, config)
+    write_tokenizer(writer, path, folder, config, base)
     kind = getattr(gguf.GGMLQuantizationType, TYPES[dtype])
     heads = {}
     if architectures[model_type] == "llama":  # llama.cpp turns neighbours there: see gguf_in.tensors_of
         heads = {"q_proj": model.num_attention_heads, "k_proj": model.num_key_value_heads}
-    for name, tensor in tensors.items():
+    for name, tensor in tensors:
         values = tensor.detach().cpu().float().numpy()
         if not np.isfinite(values).all():
             refuse(path, f"{name} is not finite")
@@ -105,10 +106,10 @@ def write_config(writer: Any, model: ModelConfig, gguf: Any) -> None:
         writer.add_tensor("rope_freqs.weight", (frequencies / ROPE_SCALINGS["llama3"](frequencies, rope.parameters)).float().numpy())
 
 
-def write_tokenizer(writer: Any, path: Path, folder: Path, config: dict[str, Any]) -> None:
-    tokenizer, settings = load_tokenizer(folder), read_json(folder / "tokenizer_config.json")
+def write_tokenizer(writer: Any, path: Path, folder: Path, config: dict[str, Any], base: Path | None) -> None:
+    tokenizer, settings = load_tokenizer(folder, base), read_json(folder / "tokenizer_config.json")
     if (folder / "tokenizer.json").is_file():
-        tokens = write_bpe(writer, path, json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
+        tokens = write_bpe(writer, path, read_json(folder / "tokenizer.json"))
     else:
         tokens = write_sentencepiece(writer, folder, config["vocab_size"])
     tokens += [(f"[PAD{number}]", UNUSED) for number in range(len(tokens), config["vocab_size"])]  # rows of the embedding without a token
@@ -173,7 +174,3 @@ def write_sentencepiece(writer: Any, folder: Path, size: int) -> list[tuple[str,
     if model.normalizer_spec.precompiled_charsmap:
         writer.add_precompiled_charsmap(model.normalizer_spec.precompiled_charsmap)
     return [(piece.piece.replace("▁", " ") if piece.type == USER_DEFINED else piece.piece, piece.type) for piece in model.pieces]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -11,7 +11,7 @@ PiSSA   A and B start as the largest singular parts of W, whose product is taken
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -77,7 +77,6 @@ class LoRALinear(Linear):
             self.squares = base.weight.detach().float().square().sum(1)
             self.lora_magnitude_vector = nn.Parameter(self.lengths())
         self.dropout = KeyedDropout(dropout, keys)
-        self.unmerged: Tensor | None = None
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """A and B whose product, scaled, is what is added to the weight. PiSSA's are twice as wide: the start is taken off."""
@@ -97,8 +96,6 @@ class LoRALinear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x (T, in) -> (T, out)."""
         out = super().forward(x)
-        if self.unmerged is not None:
-            return out
         a, b = self.pair()
         low = F.linear(self.dropout(x), a.to(x.dtype))
         # the scale goes onto B and the sum into the product: no pass over `out` of its own
@@ -115,19 +112,6 @@ class LoRALinear(Linear):
         a, b = (part.float() for part in self.pair())
         merged = self.weight.float() + self.scale * (b @ a)
         return merged if self.lora_magnitude_vector is None else merged * (self.lora_magnitude_vector / self.lengths())[:, None]
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Adds the adapter to the weight: computed in fp32, rounded once. `unmerge` restores the weight bit for bit."""
-        assert self.unmerged is None, "merged already"
-        self.unmerged = self.weight.clone()
-        self.weight.copy_(self.merged_weight())
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        assert self.unmerged is not None, "not merged"
-        self.weight.copy_(self.unmerged)
-        self.unmerged = None
 
 
 def apply(model: nn.Module, settings: Settings, keys: DropoutKeys, seed: int) -> None:
@@ -196,26 +180,10 @@ def adapters(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
-def merge(model: nn.Module) -> None:
-    for module in adapters(model).values():
-        module.merge()
-
-
-def unmerge(model: nn.Module) -> None:
-    for module in adapters(model).values():
-        module.unmerge()
-
-
-def merged_weights(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
-    """What computes the merged weight, fp32, of every adapted layer by its name; the model stays as it is."""
-    return {f"{name}.weight": module.merged_weight for name, module in adapters(model).items()}
-
-
 def fold(model: nn.Module) -> None:
-    """Swaps the adapted layers for plain ones that hold the merged weight: nothing of the adapters stays in memory."""
+    """Swaps the adapted layers for plain ones that hold the merged weight, rounded once: nothing of the adapters stays in memory."""
     for name, module in adapters(model).items():
-        module.merge()
         plain = Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
-        plain.weight, plain.bias = module.weight, module.bias
+        plain.weight, plain.bias = nn.Parameter(module.merged_weight().to(module.weight.dtype), requires_grad=False), module.bias
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, plain)

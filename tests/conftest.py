@@ -128,7 +128,7 @@ def tiny(tmp_path_factory) -> Path:
     (folder / "tokenizer.vocab").unlink()
     (folder / "config.json").write_text(json.dumps({**TINY, "vocab_size": 340}))
     model = weights.build(folder, "random", 3, torch.float32, torch.float32, torch.device("cpu"))
-    weights.write_folder(folder, {**TINY, "vocab_size": 340}, weights.untied(model))
+    weights.write_folder(folder, {**TINY, "vocab_size": 340}, weights.untied(model).items())
     return folder
 
 

@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_templates import make_tokenizer
 
-from engine import generate, train
+from engine import convert, generate, train
 from engine.attention import PackedAttention
 from engine.data.added_tokens import extend
 from engine.data.tokenizer import load_tokenizer
@@ -92,6 +93,45 @@ def test_a_run_with_added_tokens_leaves_what_others_load(recipe, trained, tiny, 
         trained(1, recipe(*added[:2], "model.dtype=bf16", f"lora.start={out / 'adapter'}", "optim.lr=0", "train.max_steps=1", name="again"))
         for name in ("adapter_model.safetensors", "tokenizer.model"):
             assert (tmp_path / "runs/again/export/adapter" / name).read_bytes() == (out / "adapter" / name).read_bytes()
+
+
+def test_convert_takes_them_over_with_an_adapter_as_the_run_does(folder, recipe, tiny, tmp_path, capsys):
+    """Vocabulary, tokenizer, what ends an answer, how to ask: every file of the folder that the run itself exported."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny, base)
+    if folder != tiny:
+        (base / "tokenizer.model").unlink()
+        shutil.copy(folder / "tokenizer.json", base)
+        config = {**json.loads((base / "config.json").read_text()), "vocab_size": load_tokenizer(folder).size, "eos_token_id": 2}
+        (base / "config.json").write_text(json.dumps(config))
+        weights.write_folder(base, config, weights.untied(weights.build(base, "random", 1, torch.float32, torch.float32, CPU)).items())
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 9, "temperature": 0.6}))
+    added = ("lora.rank=4", "lora.modules_to_save=[embed_tokens,lm_head]", f"model.add_tokens={NAMES}".replace("'", '"'), "data.template=chatml")
+    train.main(recipe(*added, f"model.path={base}", "data.system=Short.", "export.kinds=[adapter,model]", "train.max_steps=2"))
+    run = tmp_path / "runs/run/export"
+    convert.main([str(base), str(tmp_path / "merged"), "--adapter", str(run / "adapter"), "--dtype", "fp32"])
+    note = json.loads((run / "model/engine.json").read_text())
+    del note["agreement_with_training"]
+    assert json.loads((tmp_path / "merged/engine.json").read_text()) == note and note["system"] == "Short."
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == {path.name for path in (run / "model").iterdir()}
+    for path in (run / "model").iterdir():
+        assert path.name == "engine.json" or path.read_bytes() == (tmp_path / "merged" / path.name).read_bytes(), path.name
+    ends = json.loads((tmp_path / "merged/generation_config.json").read_text())["eos_token_id"]
+    assert ends == [load_tokenizer(run / "adapter", base).special("<|im_end|>"), 2, 9]
+    answers = []
+    for model in (run / "model", tmp_path / "merged"):
+        capsys.readouterr()
+        generate.main(["--model", str(model), "--prompt", "red cat", "--max-new-tokens", "5"])
+        told = capsys.readouterr()
+        answers.append(told.out)
+        assert "template chatml" in told.err and "with a system prompt" in told.err
+    assert answers[0] == answers[1]
+    if folder == tiny:  # GGUF has no name for how the other splits text
+        convert.main([str(base), str(tmp_path / "merged.gguf"), "--adapter", str(run / "adapter"), "--dtype", "fp32"])
+        convert.main([str(tmp_path / "merged.gguf"), str(tmp_path / "back"), "--dtype", "fp32"])
+        ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path / "back", run / "model"))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+        assert load_tokenizer(tmp_path / "back").special("<|im_end|>") == load_tokenizer(run / "model").special("<|im_end|>") == 341
 
 
 def test_new_rows_that_would_not_be_trained_are_refused(recipe, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import gguf
@@ -11,14 +12,18 @@ import sentencepiece
 import tokenizers
 import torch
 from conftest import lists
-from safetensors.torch import load_file
+from disks import child, memory_disk
+from safetensors.torch import load_file, save_file
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from engine import convert, gguf_in
+from engine import adapter, convert, gguf_in, gguf_out, lora
 from engine.attention import PackedAttention
-from engine.data.tokenizer import load_tokenizer
-from engine.errors import ENVIRONMENT, USER, EngineError
+from engine.data.added_tokens import extend
+from engine.data.tokenizer import copy_tokenizer, load_tokenizer
+from engine.dropout import DropoutKeys
+from engine.errors import CHECKPOINT, ENVIRONMENT, USER, EngineError
+from engine.export import load_for_inference
 from engine.models import weights
 
 TEXTS = ["Hello world", "", " two  spaces   and\ttabs \n\n  newlines\r\n", "digits 12345 678 9 and  42", "你好，世界！今天是2024年。", "🙂🤖 emoji 👩‍👩‍👧",
@@ -374,7 +379,7 @@ def test_files_and_folders_that_do_not_fit(keys, tmp_path, monkeypatch):
         source.write_bytes(whole[:end])
         refused("CONVERT-FILE")
     source.unlink()
-    refused("CONVERT-FILE")
+    refused("CONVERT-SOURCE")
     other = write_gguf(source, llama(), keys, architecture="mamba")
     assert "general.architecture is 'mamba'" in refused("CONVERT-UNSUPPORTED")
     other.write_bytes(whole)
@@ -387,6 +392,120 @@ def test_files_and_folders_that_do_not_fit(keys, tmp_path, monkeypatch):
     for argv in ([], ["a.gguf"], ["a.gguf", "b", "--dtype", "int8"]):
         with pytest.raises(EngineError, match="example: python -m engine.convert"):
             convert.main(argv)
+
+
+@pytest.mark.parametrize("source", ["nosuch", "nosuch.gguf", "org/nosuch.gguf", "../nosuch"])
+@pytest.mark.parametrize("more", [["out"], ["out.gguf"], ["out", "--adapter", "nosuch"]])
+def test_a_source_that_is_not_there_is_told_so(source, more, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(EngineError) as error:
+        convert.main([source, *more])
+    assert error.value.text == f"{Path(source)}: is not there, expected a .gguf file, a model folder, or org/name[@revision] on the hub"
+    assert (error.value.name, error.value.exit_code) == ("CONVERT-SOURCE", USER) and list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def from_gguf(keys, tmp_path) -> Path:
+    """A model folder whose end of sequence config.json alone tells."""
+    write_gguf(tmp_path / "in.gguf", llama(), keys)
+    gguf_in.to_folder(tmp_path / "in.gguf", tmp_path / "model", "fp32")
+    config, settings = (json.loads((tmp_path / "model" / name).read_text()) for name in ("config.json", "tokenizer_config.json"))
+    assert config["eos_token_id"] == keys["eos_token_id"] and settings.pop("eos_token") == "<|im_end|>"
+    (tmp_path / "model/tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "model/generation_config.json").unlink()
+    return tmp_path / "model"
+
+
+def adapter_of(base: Path, folder: Path) -> Path:
+    """A folder with an adapter that changes the model, beside the tokenizer's files, as a run exports it."""
+    model = weights.build(base, "pretrained", 0, torch.float32, torch.float32, torch.device("cpu"))
+    lora.apply(model, lora.Settings(2, 4.0, ["q_proj", "down_proj"]), DropoutKeys(0), 1)
+    for module in lora.adapters(model).values():
+        torch.nn.init.normal_(module.lora_B, std=0.2, generator=torch.Generator().manual_seed(0))
+    folder.mkdir()
+    adapter.save(model, folder, str(base), 0.0)
+    copy_tokenizer(base, folder)
+    return folder
+
+
+@pytest.mark.parametrize("target", ["out", "out.gguf"])
+def test_an_adapters_tokenizer_goes_with_the_bases_ends(target, from_gguf, keys, tmp_path):
+    """Of a base that config.json alone tells the end of sequence of, and an adapter whose maker left generation_config.json out."""
+    folder, settings = adapter_of(from_gguf, tmp_path / "adapter"), {"eos_token_id": [keys["eos_token_id"], 7], "temperature": 0.6}
+    (from_gguf / "generation_config.json").write_text(json.dumps(settings))
+    convert.main([str(from_gguf), str(tmp_path / target), "--adapter", str(folder), "--dtype", "fp32"])
+    if target.endswith(".gguf"):
+        gguf_in.to_folder(tmp_path / target, tmp_path / "out", "fp32")
+    else:
+        assert json.loads((tmp_path / "out/generation_config.json").read_text()) == settings
+    assert load_tokenizer(tmp_path / "out").eos == keys["eos_token_id"]
+    expected = load_for_inference(from_gguf, tmp_path / "adapter", torch.float32, torch.device("cpu")).state_dict()
+    written = load_file(tmp_path / "out/model.safetensors")
+    assert all(torch.equal(written[name], expected[name]) for name in written) and len(written) == len(expected) - 1
+
+
+@pytest.mark.parametrize("target", ["out", "out.gguf"])
+def test_a_tokenizer_with_ids_that_the_model_lacks_is_refused(target, from_gguf, tmp_path):
+    folder, names = adapter_of(from_gguf, tmp_path / "adapter"), [f"<new {number}>" for number in range(60)]
+    copy_tokenizer(extend(from_gguf, names, tmp_path / "cache"), folder)  # the adapter's alone: its model has no rows for them
+    with pytest.raises(EngineError, match=r"adapter: the tokenizer has \d+ ids, the model 448"):
+        convert.main([str(from_gguf), str(tmp_path / target), "--adapter", str(folder)])
+    assert not (tmp_path / target).exists() and not list(tmp_path.glob(".tmp*"))
+
+
+@pytest.mark.parametrize(("target", "module", "name"), [("out", weights, "write_folder"), ("out.gguf", gguf_out, "write")])
+def test_what_is_not_read_back_gets_no_name(target, module, name, from_gguf, tmp_path, monkeypatch):
+    write = getattr(module, name)
+
+    def write_and_cut(path: Path, *rest) -> None:
+        write(path, *rest)
+        written = path / "model.safetensors" if path.is_dir() else path
+        os.truncate(written, written.stat().st_size - 1)
+
+    monkeypatch.setattr(module, name, write_and_cut)
+    with pytest.raises(EngineError, match=f"{target}: cannot be read back: .*; nothing of it was kept") as error:
+        convert.main([str(from_gguf), str(tmp_path / target)])
+    assert error.value.exit_code == CHECKPOINT and not (tmp_path / target).exists() and not list(tmp_path.glob(".tmp*"))
+
+
+def test_a_disk_with_room_for_the_file_alone_is_told_as_full(from_gguf, tmp_path):
+    """A GGUF file is read back by way of a folder beside it."""
+
+    def full() -> None:
+        convert.main([str(from_gguf), str(tmp_path / "out.gguf"), "--dtype", "q8_0"])
+        size = (tmp_path / "out.gguf").stat().st_size
+        disk = memory_disk(tmp_path / "disk", size + 64 * 1024)
+        with pytest.raises(EngineError, match="cannot be written: .*No space left on device.*free some space") as error:
+            convert.main([str(from_gguf), str(disk / "out.gguf"), "--dtype", "q8_0"])
+        assert error.value.exit_code == ENVIRONMENT and list(disk.iterdir()) == []
+
+    child(full)
+
+
+def test_numbers_beyond_a_type_are_no_model(from_gguf, tmp_path):
+    stored = load_file(from_gguf / "model.safetensors")
+    save_file({**stored, "model.norm.weight": torch.full((64,), 1e5)}, from_gguf / "model.safetensors")
+    with pytest.raises(EngineError, match="out: cannot be read back: .*model.norm.weight holds NaN or an infinity"):
+        convert.main([str(from_gguf), str(tmp_path / "out"), "--dtype", "fp16"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("of_adapter", "of_base", "expected"), [
+    ({"template": "plain", "system": None, "max_length": 9, "agreement_with_training": {"kl": 0.0}}, {"template": "chatml"},
+     {"template": "plain", "system": None, "max_length": 9}),
+    (None, {"template": "alpaca", "agreement_with_training": {"kl": 0.0}}, {"template": "alpaca"}),
+    ({"template": ["plain"], "max_length": "9"}, {"template": "alpaca"}, {"template": "alpaca"}), (["template"], None, None), (None, None, None)])
+def test_how_to_ask_is_said_by_the_adapter_else_the_base(of_adapter, of_base, expected, from_gguf, tmp_path):
+    folder = adapter_of(from_gguf, tmp_path / "adapter")
+    for place, note in ((folder, of_adapter), (from_gguf, of_base)):
+        if note is not None:
+            (place / "engine.json").write_text(json.dumps(note))
+    convert.main([str(from_gguf), str(tmp_path / "out"), "--adapter", str(folder)])
+    written = tmp_path / "out/engine.json"
+    assert (json.loads(written.read_text()) if written.exists() else None) == expected
+    convert.main([str(tmp_path / "out"), str(tmp_path / "again")])
+    assert sorted(path.name for path in (tmp_path / "again").iterdir()) == sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert all(path.read_bytes() == (tmp_path / "again" / path.name).read_bytes() for path in (tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize("kind", [*SPLITS, "sentencepiece"])

@@ -3,18 +3,22 @@
 import json
 import math
 import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import load_dataset
+from conftest import TINY, load_dataset
 from safetensors.torch import load_file, save_file
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import adapter, convert, export, gguf_in, gguf_out, hub, lora, train
 from engine.attention import PackedAttention
+from engine.dropout import DropoutKeys
 from engine.errors import CHECKPOINT, EngineError
-from engine.models import weights
+from engine.models import FAMILIES, weights
 
 CPU = torch.device("cpu")
 
@@ -26,7 +30,7 @@ def blocks_of_32(tiny, tmp_path_factory) -> Path:
     shutil.copytree(tiny, folder)
     config = {**json.loads((tiny / "config.json").read_text()), "intermediate_size": 64}
     (folder / "config.json").write_text(json.dumps(config))
-    weights.write_folder(folder, config, weights.untied(weights.build(folder, "random", 3, torch.float32, torch.float32, CPU)))
+    weights.write_folder(folder, config, weights.untied(weights.build(folder, "random", 3, torch.float32, torch.float32, CPU)).items())
     return folder
 
 
@@ -96,6 +100,82 @@ def test_a_merged_weight_is_rounded_once(recipe, tiny, tmp_path):
         assert torch.equal(written[f"{name}.weight"], merged.to(torch.bfloat16))
         twice += int((merged.to(torch.float16).to(torch.bfloat16) != merged.to(torch.bfloat16)).sum())
     assert twice > 0, "the test is meant to tell the two apart"
+
+
+class OnDevice(TorchDispatchMode):
+    """`most` is the largest number of bytes that what was made under it had on a GPU at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held, self.most = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {one.untyped_storage()._cdata for one in args if isinstance(one, torch.Tensor)}
+        if isinstance(out, torch.Tensor) and out.device.type == "cuda" and out.untyped_storage()._cdata not in given:
+            self.held += out.nbytes
+            self.most = max(self.most, self.held)
+            weakref.finalize(out, self.let_go, out.nbytes)
+        return out
+
+    def let_go(self, nbytes: int) -> None:
+        self.held -= nbytes
+
+
+@pytest.fixture
+def on_a_gpu():
+    """A model with adapters on a GPU that needs none: tensors without numbers, which know their device."""
+    changes = {"vocab_size": 340, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "tie_word_embeddings": False}
+    config = FAMILIES["llama"].config({**TINY, **changes}, "")
+    with torch.device("meta"):
+        model = FAMILIES["llama"].model(config)
+    with FakeTensorMode():
+        for name, meta in list(model.named_parameters()):
+            owner, _, part = name.rpartition(".")
+            there = torch.empty(meta.shape, dtype=torch.bfloat16, device="cuda")
+            setattr(model.get_submodule(owner), part, torch.nn.Parameter(there, requires_grad=False))
+        lora.apply(model, lora.Settings(4, 8.0, ["all-linear"]), DropoutKeys(0), 1)
+        yield model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_merging_brings_one_matrix_at_a_time_to_the_host(on_a_gpu, dtype):
+    """Of a base in bf16 on a GPU that is full of it: what is merged, or only widened, never lies there as a whole."""
+    largest = max(parameter.numel() for parameter in on_a_gpu.parameters()) * 4
+    with OnDevice() as device:
+        tensors = dict(export.merged(on_a_gpu, dtype))
+    assert {(tensor.device.type, tensor.dtype) for tensor in tensors.values()} == {("cpu", dtype)} and not any("lora" in name for name in tensors)
+    assert largest <= device.most <= 4 * largest < sum(tensor.numel() * 4 for tensor in tensors.values()) / 5, "the parts of one sum in fp32"
+
+
+@pytest.mark.parametrize(("dtype", "needed"), [("bf16", 2), ("fp32", 4)])
+def test_what_is_read_back_goes_where_it_has_room_in_its_own_type(on_a_gpu, monkeypatch, dtype, needed):
+    exporter = export.Exporter.__new__(export.Exporter)
+    exporter.model, numbers = on_a_gpu, sum(parameter.numel() for parameter in on_a_gpu.parameters())
+    for free, expected in ((1.25 * needed * numbers, "cuda"), (1.15 * needed * numbers, "cpu")):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (int(free), 1 << 40))
+        assert exporter._device(dtype).type == expected
+
+
+def test_a_folder_is_written_shard_by_shard(tiny, tmp_path, monkeypatch):
+    """Of tensors that are made one by one those of a shard are held, and the next."""
+    model, alive, most = load(tiny), {}, 0
+    sizes = [tensor.nbytes for tensor in weights.untied(model).values()]
+
+    def made():
+        nonlocal most
+        for name, tensor in export.merged(model, torch.float32):
+            yield name, (own := tensor.clone())
+            alive[name] = own.nbytes
+            most = max(most, sum(alive.values()))
+            weakref.finalize(own, alive.pop, name)
+
+    monkeypatch.setattr(weights, "SHARD_BYTES", 20_000)
+    weights.write_folder(tmp_path, weights.read_config(tiny), made())
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert len(files) > 3 and files == [f"model-{number + 1:05d}-of-{len(files):05d}.safetensors" for number in range(len(files))]
+    assert 20_000 < most <= max(20_000, *sizes) + max(sizes) < sum(sizes) / 1.2
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in load(tmp_path).state_dict().items())
 
 
 def test_agreement_is_measured_in_nats_and_shares(recipe, tiny, tmp_path):
@@ -172,11 +252,11 @@ def test_what_gguf_cannot_say_is_refused_by_name(tiny, tmp_path):
     tensors = load_file(tiny / "model.safetensors")
     for changes, named in (({"model_type": "phi3"}, "model_type is 'phi3'"), ({"rope_scaling": {"rope_type": "yarn"}}, "rope type is 'yarn'")):
         with pytest.raises(EngineError, match=named):
-            gguf_out.write(tmp_path / "out.gguf", {**config, **changes}, tensors, tiny, "fp16")
+            gguf_out.write(tmp_path / "out.gguf", {**config, **changes}, tensors.items(), tiny, "fp16")
     with pytest.raises(EngineError, match="has a tensor model.layers.0.self_attn.extra.weight"):
-        gguf_out.write(tmp_path / "out.gguf", config, {**tensors, "model.layers.0.self_attn.extra.weight": torch.ones(4, 4)}, tiny, "fp16")
+        gguf_out.write(tmp_path / "out.gguf", config, {**tensors, "model.layers.0.self_attn.extra.weight": torch.ones(4, 4)}.items(), tiny, "fp16")
     with pytest.raises(EngineError, match="down_proj.weight has rows of 48 numbers, Q8_0 takes multiples of 32"):
-        gguf_out.write(tmp_path / "out.gguf", config, tensors, tiny, "q8_0")
+        gguf_out.write(tmp_path / "out.gguf", config, tensors.items(), tiny, "q8_0")
     save_file({**tensors, "model.norm.weight": torch.full((32,), math.nan)}, tmp_path / "x.safetensors")
     with pytest.raises(EngineError, match="model.norm.weight is not finite"):
-        gguf_out.write(tmp_path / "out.gguf", config, load_file(tmp_path / "x.safetensors"), tiny, "fp16")
+        gguf_out.write(tmp_path / "out.gguf", config, load_file(tmp_path / "x.safetensors").items(), tiny, "fp16")

@@ -109,7 +109,7 @@ def test_greedy_generation_is_the_same_token_by_token(pair):
 def test_what_is_written_is_read_by_transformers_with_the_same_logits(pair, tmp_path):
     theirs, folder = pair
     (tmp_path / "out").mkdir()
-    weights.write_folder(tmp_path / "out", weights.read_config(folder), weights.untied(load(folder)))
+    weights.write_folder(tmp_path / "out", weights.read_config(folder), weights.untied(load(folder)).items())
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
     assert torch.equal(again(IDS[None]).logits, theirs(IDS[None]).logits)
 

@@ -34,7 +34,7 @@ def wide(tiny, tmp_path):
     config = {**TINY, "vocab_size": 340, "head_dim": 64, "num_hidden_layers": 2}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.model").write_bytes((tiny / "tokenizer.model").read_bytes())
-    weights.write_folder(folder, config, weights.untied(weights.build(folder, "random", 3, torch.float32, torch.float32, CPU)))
+    weights.write_folder(folder, config, weights.untied(weights.build(folder, "random", 3, torch.float32, torch.float32, CPU)).items())
     return folder
 
 

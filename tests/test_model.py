@@ -34,7 +34,7 @@ def test_shards_are_split_and_found_again(tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
     model = load(folder)
-    weights.write_folder(out, weights.read_config(folder), weights.untied(model))
+    weights.write_folder(out, weights.read_config(folder), weights.untied(model).items())
     assert len(list(out.glob("model-*.safetensors"))) > 2
     for name, tensor in load(out).state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name])
@@ -182,7 +182,7 @@ def test_four_ranks_load_with_no_memory_of_their_own_beside_a_piece_of_the_file(
 
     def write() -> int:
         model = weights.build(tmp_path, "random", 0, torch.float32, torch.float32, torch.device("meta"))
-        weights.write_folder(tmp_path, config, {name: torch.zeros(tensor.shape, dtype=torch.bfloat16) for name, tensor in weights.untied(model).items()})
+        weights.write_folder(tmp_path, config, ((name, torch.zeros(tensor.shape, dtype=torch.bfloat16)) for name, tensor in weights.untied(model).items()))
         return 0
 
     assert ranks(1, write).wait() == [0]  # in a process of its own: ranks would inherit what it leaves of memory

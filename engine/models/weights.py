@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -152,29 +152,35 @@ def _opened(path: Path) -> Iterator[tensorfile.Reader]:
         raise EngineError("MODEL-WEIGHTS", f"{path}: cannot be read as safetensors: {error}; fetch or convert it again") from error
 
 
-def write_folder(folder: Path, raw_config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """config.json and safetensors, in shards of at most SHARD_BYTES, into a folder that exists."""
-    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
-    raw_config = {**raw_config, "torch_dtype": dtypes.pop() if len(dtypes) == 1 else "float32"}
-    raw_config.pop("dtype", None)
-    (folder / "config.json").write_text(json.dumps(raw_config, indent=2) + "\n", encoding="utf-8")
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
-            shards.append({})
+def write_folder(folder: Path, raw_config: dict[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """config.json and safetensors, in shards of at most SHARD_BYTES, into a folder that exists. No tensor is held longer than its shard."""
+    shard: dict[str, Tensor] = {}
+    names: list[list[str]] = []  # of each shard that is written
+    dtypes, size, total = set(), 0, 0
+
+    def write() -> None:
+        tensorfile.save(shard, folder / f"{len(names)}.safetensors")
+        names.append(list(shard))
+        shard.clear()
+
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > SHARD_BYTES:
+            write()
             size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    if len(shards) == 1:
-        tensorfile.save(shards[0], folder / "model.safetensors")
-        return
-    names = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
-    for name, shard in zip(names, shards, strict=True):
-        tensorfile.save(shard, folder / name)
-    weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n", encoding="utf-8")
+        shard[name] = tensor
+        dtypes.add(str(tensor.dtype).removeprefix("torch."))
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    write()
+    files = ["model.safetensors"] if len(names) == 1 else [f"model-{number + 1:05d}-of-{len(names):05d}.safetensors" for number in range(len(names))]
+    for number, file in enumerate(files):
+        (folder / f"{number}.safetensors").rename(folder / file)
+    config = {**raw_config, "torch_dtype": dtypes.pop() if len(dtypes) == 1 else "float32"}
+    config.pop("dtype", None)
+    texts = {"config.json": config}
+    if len(files) > 1:
+        texts[INDEX] = {"metadata": {"total_size": total}, "weight_map": {name: file for file, own in zip(files, names, strict=True) for name in own}}
+    for name, content in texts.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def untied(model: nn.Module) -> dict[str, Tensor]:
