@@ -40,6 +40,10 @@ if kind == "stop":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     open(f"ready{rank}", "w").close()
     time.sleep(60)
+if kind == "places" and rank == 1:
+    import pathlib, tempfile
+    folder, = pathlib.Path(tempfile.gettempdir()).glob("meeting-*")
+    print(oct(folder.stat().st_mode & 0o777), *(oct(path.stat().st_mode & 0o777) for path in folder.iterdir()))
 """
 
 
@@ -72,6 +76,18 @@ def test_launch_returns_the_ranks_exit_code_and_adds_no_text_of_torchruns(launch
     assert launched[kind].returncode == code, launched[kind].stderr
     assert stderr in launched[kind].stderr
     assert "elastic" not in launched[kind].stderr and "Root Cause" not in launched[kind].stderr
+
+
+def test_where_there_are_no_files_in_memory_nodes_of_one_meet_in_a_file_of_this_users_alone(tmp_path):
+    """macOS has no memfd_create and no /proc."""
+    (tmp_path / "toy.py").write_text(TOY)
+    (tmp_path / "tmp").mkdir()
+    text = "import os; from engine import errors, launch; del os.memfd_create; errors.run(launch.main)"
+    ended = subprocess.run([sys.executable, "-c", text, "--standalone", "--nproc-per-node", "2", "-m", "toy", "places"], cwd=tmp_path, text=True,
+                           env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path / "tmp")},
+                           capture_output=True)
+    assert (ended.returncode, ended.stdout) == (DONE, "0o700 0o600\n"), ended.stderr
+    assert not list((tmp_path / "tmp").glob("meeting-*"))
 
 
 def test_a_killed_rank_is_told_in_one_line(launched):
