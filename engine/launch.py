@@ -56,9 +56,22 @@ def launched(argv: list[str]) -> int:
     """torchrun's own main, and the exit code that belongs to how it ended."""
     from torch.distributed import DistError
     from torch.distributed import run as torchrun
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
+
+    from engine.restarts import FATAL
+
+    look = LocalElasticAgent._monitor_workers
+
+    def look_for_the_last_word(agent, group):
+        found = look(agent, group)
+        if any(failure.exitcode in (PREEMPTED, *FATAL) for failure in found.failures.values()):
+            agent._remaining_restarts = 0
+        return found
+
+    LocalElasticAgent._monitor_workers = look_for_the_last_word  # torchrun would start those again who stopped as asked
 
     if TRAIN in argv:  # ranks start with these held back, until they can note them; for this process a thread without a task takes them
         threading.Thread(target=threading.Event().wait, daemon=True).start()

@@ -49,6 +49,7 @@ def choose(cfg: Recipe) -> Path:
 def locked(path: Path, rank: int) -> Iterator[None]:
     """Makes the directory and holds its lock, on rank 0; other ranks pass through. A launcher's restart in vain ends here."""
     if rank != 0:
+        restarts.check(path, rank)
         yield
         return
     try:
@@ -69,7 +70,7 @@ def locked(path: Path, rank: int) -> Iterator[None]:
             raise _no_name(path, error) from error
         raise EngineError("ENVIRONMENT-RUN", f"{path}: cannot be written: {error}; set run.folder", ENVIRONMENT) from error
     with lock:
-        restarts.check(path)
+        restarts.check(path, rank)
         yield
 
 

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from test_preemption import last_step, until
 from test_resume import FULL, result, steps_done
+from test_watchdog import command
 
 from engine import checkpoint, metrics, train
-from engine.errors import CHECKPOINT, DONE, ENVIRONMENT, PEER, EngineError
+from engine.errors import CHECKPOINT, DONE, ENVIRONMENT, PEER, PREEMPTED, EngineError
 
 OPTIONS = (*FULL, "train.epochs=12", "train.global_batch=4", "data.packing=true", "checkpoint.every_steps=4", "checkpoint.each_epoch=false", "export.kinds=[]")
 
@@ -30,9 +32,9 @@ def rank_under(launcher: int, rank: int) -> int:
 
 def test_torchrun_starts_a_group_again_that_goes_on(recipe, trained, tmp_path):
     trained(2, recipe(*OPTIONS, name="whole"))
-    run, command = tmp_path / "runs/cut", [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts=2"]
+    run, torchrun = tmp_path / "runs/cut", [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts=2"]
     with (tmp_path / "log").open("w") as log:
-        launched = subprocess.Popen([*command, "-m", "engine.train", *recipe(*OPTIONS, name="cut")], cwd=ROOT, stdout=log, stderr=log)
+        launched = subprocess.Popen([*torchrun, "-m", "engine.train", *recipe(*OPTIONS, name="cut")], cwd=ROOT, stdout=log, stderr=log)
         while launched.poll() is None and steps_done(run) < 9:
             time.sleep(0.005)
         os.kill(rank_under(launched.pid, 1), signal.SIGKILL)
@@ -104,8 +106,28 @@ def test_what_a_restart_cannot_mend_ends_it_at_once_with_the_same_code(recipe, r
     started = ranks(1, failing)
     assert started.wait() == [DONE if again else code], started.log.read_text()
     if not again:
+        other = ranks(1, lambda: (os.environ.update(RANK="1", WORLD_SIZE="2"), command(recipe(*OPTIONS))))
+        assert other.wait(10) == [code], "it waits for rank 0"
         assert "started again, which cannot help: ERROR E-TEST the cause" in started.log.read_text()
         assert steps_done(tmp_path / "runs/run") == 0 and json.loads((tmp_path / "runs/run/last_error.json").read_text())["exit_code"] == code
+
+
+def test_a_stop_is_not_undone_by_a_restart_but_by_the_next_launch(recipe, ranks, tmp_path, monkeypatch):
+    run, endless = tmp_path / "runs/run", recipe(*OPTIONS, "train.epochs=100000")
+    for _ in range(2):  # the second launch goes on from the first, and can be stopped as well
+        begun = last_step(run)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+        started = ranks(2, lambda: command(endless))
+        until(lambda begun=begun: last_step(run) > begun, "steps")
+        os.kill(started.pids[1], signal.SIGUSR1)
+        assert started.wait() == [PREEMPTED] * 2, started.log.read_text()
+        stopped_at = last_step(run)
+        for count in (1, 2):
+            monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
+            for rank in (1, 0):  # each by itself: it waits for nobody
+                again = ranks(1, lambda rank=rank: (os.environ.update(RANK=str(rank), WORLD_SIZE="2"), command(endless)))
+                assert again.wait(10) == [PREEMPTED], again.log.read_text()
+        assert last_step(run) == stopped_at
 
 
 CRASH = """
@@ -124,8 +146,8 @@ errors.run(train.main)
 @pytest.mark.faults
 def test_a_crash_loop_under_the_launcher(recipe, tmp_path):
     (tmp_path / "crash.py").write_text(CRASH)
-    command = [sys.executable, "-m", "engine.launch", "--standalone", "--nproc-per-node", "2", "--max-restarts", "5", "-m", "crash"]
-    ended = subprocess.run([*command, *recipe(*OPTIONS, "checkpoint.every_s=0")], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+    launch = [sys.executable, "-m", "engine.launch", "--standalone", "--nproc-per-node", "2", "--max-restarts", "5", "-m", "crash"]
+    ended = subprocess.run([*launch, *recipe(*OPTIONS, "checkpoint.every_s=0")], cwd=tmp_path, capture_output=True, text=True, timeout=300,
                            env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"})
     assert ended.returncode == PEER and ended.stderr.count("ERROR E-RESTART-LOOP") == 2, ended.stderr
     assert ended.stdout.count("resumed after step") == 3
