@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from test_namespaces import free_port
 from test_preemption import last_step, until
 from test_resume import FULL, result, steps_done
 from test_watchdog import command
@@ -28,6 +29,10 @@ def rank_under(launcher: int, rank: int) -> int:
         if f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace"):
             return int(pid)
     raise AssertionError("the rank is not there")
+
+
+def only_child(launcher: int) -> int | None:
+    return next(map(int, Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()), None)
 
 
 def test_torchrun_starts_a_group_again_that_goes_on(recipe, trained, tmp_path):
@@ -151,3 +156,66 @@ def test_a_crash_loop_under_the_launcher(recipe, tmp_path):
                            env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"})
     assert ended.returncode == PEER and ended.stderr.count("ERROR E-RESTART-LOOP") == 2, ended.stderr
     assert ended.stdout.count("resumed after step") == 3
+
+
+@pytest.fixture
+def nodes(tmp_path):
+    """`nodes(launcher, options, arguments)` starts a launcher of one rank for each of two nodes, both on this machine."""
+    started: list[subprocess.Popen] = []
+
+    def start(launcher: str, options: Callable[[int], list[str]], arguments: list[str]) -> list[subprocess.Popen]:
+        for node in range(2):
+            with (tmp_path / f"node-{node}.log").open("w") as log:
+                started.append(subprocess.Popen([sys.executable, "-m", launcher, "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "2",
+                                                 *options(node), "-m", "engine.train", *arguments], cwd=ROOT, stdout=log, stderr=log))
+        return started
+
+    yield start
+    for one in started:
+        one.kill()
+
+
+def static(port: int) -> Callable[[int], list[str]]:
+    return lambda node: ["--node-rank", str(node), "--master-addr", "127.0.0.1", "--master-port", str(port)]
+
+
+def dynamic(port: int) -> Callable[[int], list[str]]:
+    return lambda node: ["--rdzv-backend", "c10d", "--rdzv-id", "one", "--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1"]
+
+
+def told(tmp_path: Path) -> str:
+    return "".join((tmp_path / f"node-{node}.log").read_text() for node in range(2))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("who", ["rank 1", "launcher 0", "launcher 1"])
+@pytest.mark.parametrize("launcher", ["engine.launch", "torch.distributed.run"])
+def test_a_stop_of_one_node_of_two_is_not_undone(recipe, nodes, tmp_path, launcher, who):
+    run = tmp_path / "runs/run"
+    started = nodes(launcher, static(free_port()), recipe(*OPTIONS, "train.epochs=100000"))
+    until(lambda: steps_done(run) > 3, "steps", 120)
+    kind, number = who.split()
+    pid = started[int(number)].pid
+    os.kill(rank_under(pid, 1) if kind == "rank" else pid, signal.SIGTERM)
+    codes = [one.wait(90) for one in started]
+    assert launcher != "engine.launch" or codes == [PREEMPTED] * 2, told(tmp_path)
+    assert told(tmp_path).count("stopped as asked after step") == 1 and (run / "stopped").exists()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("meeting", [static, dynamic])
+@pytest.mark.parametrize("launcher", ["engine.launch", "torch.distributed.run"])
+def test_two_nodes_start_again_and_go_on(recipe, nodes, trained, tmp_path, launcher, meeting):
+    """A rank is killed once they train, and another one before it has met the others: then one node alone starts again."""
+    trained(2, recipe(*OPTIONS, name="whole"))
+    run = tmp_path / "runs/cut"
+    started = nodes(launcher, meeting(free_port()), recipe(*OPTIONS, name="cut"))
+    until(lambda: steps_done(run) > 9, "steps", 120)
+    victim = next(one for one in started if b"\0RANK=1\0" in Path(f"/proc/{only_child(one.pid)}/environ").read_bytes())
+    first = only_child(victim.pid)
+    os.kill(first, signal.SIGKILL)
+    until(lambda: only_child(victim.pid) not in (None, first), "it starts again", 60)
+    time.sleep(1)  # within its imports
+    os.kill(only_child(victim.pid), signal.SIGKILL)
+    assert [one.wait(120) for one in started] == [DONE, DONE], told(tmp_path)
+    assert result(run) == result(tmp_path / "runs/whole")
