@@ -35,6 +35,11 @@ _WRAPPED: list[nn.Module] = []
 # what it cannot see, such as a network that loses an exchange that all have begun.
 PATIENCE = 5
 
+# In the first line of torch's errors: the machine's lack of memory, a GPU or driver that fails, and of these what a wrong kernel or call does.
+NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+OF_GPU = ("CUDA error", "CUDA driver error", "cuDNN error")
+OF_KERNEL = ("device-side assert", "illegal memory access", "misaligned address", "invalid argument", "invalid configuration", "_INVALID_VALUE", "BAD_PARAM")
+
 _watchdogs: list[Watchdog] = []  # this rank's, while it is in a group
 
 
@@ -165,9 +170,12 @@ def losses_told() -> Iterator[None]:
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
             raise (own.lost(text) if own else EngineError("PEER-LOST", f"rank {rank} lost the others before they had met: {text}", PEER)) from error
         told = error
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in text for words in NO_MEMORY):
             told = EngineError("ENVIRONMENT-MEMORY", f"rank {rank} has no memory left in {watchdog.now.place}: {text}; lower train.micro_batch or "
                                "data.max_length, or set train.activation_checkpointing", ENVIRONMENT)
+        elif isinstance(error, RuntimeError) and any(words in text for words in OF_GPU) and not any(words in text for words in OF_KERNEL):
+            told = EngineError("ENVIRONMENT-GPU", f"the GPU of rank {rank} failed in {watchdog.now.place}: {text}; look on that machine for Xid in dmesg and for "
+                               "ECC in nvidia-smi -q, then start again, which goes on from the last checkpoint", ENVIRONMENT)
         if own:
             own.leave(str(told).splitlines()[0] if isinstance(told, EngineError) else f"{type(error).__name__}: {text}", cause=True)
         if told is error:

@@ -60,9 +60,10 @@ def launched(tmp_path_factory) -> dict[str, Any]:
     command = [sys.executable, "-m", "engine.launch", "--standalone", "--nproc-per-node", "2", "-m", "toy"]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}", "OMP_NUM_THREADS": "1"}
     environment.pop("LOGLEVEL", None)
-    again = {"asked": ["--max-restarts", "3"], "refused": ["--max-restarts", "3"]}
-    processes = {kind: subprocess.Popen([*command[:3], *again.get(kind, []), *command[3:], kind], cwd=folder, env=environment, text=True, stdout=subprocess.PIPE,
-                                        stderr=subprocess.PIPE) for kind in ("done", "numeric", "raise", "kill", "stop", *again)}
+    again = [*command[:3], "--max-restarts", "3", *command[3:]]
+    kinds = {**dict.fromkeys(("done", "numeric", "raise", "kill", "stop"), command), "asked": again, "refused": again}
+    processes = {kind: subprocess.Popen([*start, kind], cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                 for kind, start in kinds.items()}
     deadline = time.monotonic() + 60
     while not all((folder / f"ready{rank}").exists() for rank in (0, 1)) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -146,3 +146,24 @@ def test_ranks_on_gpus_must_know_which(monkeypatch):
     with pytest.raises(errors.EngineError, match="LOCAL_RANK is not set") as raised:
         distributed.init("auto", 1)
     assert raised.value.exit_code == USER
+
+
+# --- what the machine does to a rank ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error, name", [
+    (torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be"), "ENVIRONMENT-GPU"),
+    (torch.AcceleratorError("CUDA error: unspecified launch failure"), "ENVIRONMENT-GPU"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), "ENVIRONMENT-GPU"),
+    (RuntimeError("CUDA driver error: unknown error"), "ENVIRONMENT-GPU"), (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"), "ENVIRONMENT-GPU"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "ENVIRONMENT-MEMORY"),
+    (torch.AcceleratorError("CUDA error: out of memory"), "ENVIRONMENT-MEMORY"), (torch.OutOfMemoryError("CUDA out of memory. Tried"), "ENVIRONMENT-MEMORY"),
+    (torch.AcceleratorError("CUDA error: device-side assert triggered"), None), (torch.AcceleratorError("CUDA error: an illegal memory access was"), None),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_INVALID_VALUE when calling"), None), (RuntimeError("shapes differ"), None),
+])
+def test_a_gpu_that_fails_is_the_machines_fault_and_a_wrong_kernel_is_ours(error, name):
+    with pytest.raises(errors.EngineError if name else type(error)) as raised, distributed.losses_told():
+        raise error
+    if name:
+        assert (raised.value.name, raised.value.exit_code) == (name, errors.ENVIRONMENT) and str(error).splitlines()[0] in raised.value.text
+        assert name != "ENVIRONMENT-GPU" or "Xid" in raised.value.text and "nvidia-smi -q" in raised.value.text
