@@ -2,11 +2,14 @@
 
 import json
 import os
+import secrets
 import signal
 import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as TooLate
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -32,6 +35,11 @@ PATIENCE = 5  # times `timeout_s` in which ranks must have met
 # An exchange has no time limit of its own: a rank may wait long for one that saves or exports, and the watchdog tells that from a hang.
 UNLIMITED = timedelta(days=7)
 
+# In the first line of torch's errors: the machine's lack of memory, a GPU or driver that fails, and of these what a wrong kernel or call does.
+NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+OF_GPU = ("CUDA error", "CUDA driver error", "cuDNN error")
+OF_KERNEL = ("device-side assert", "illegal memory access", "misaligned address", "invalid argument", "invalid configuration", "_INVALID_VALUE", "BAD_PARAM")
+
 _watchdogs: list[Watchdog] = []  # this rank's, while it is in a group
 
 
@@ -56,12 +64,13 @@ def init(device: str, timeout_s: float, deterministic: bool = True) -> World:
         device: "auto", "cpu" or "cuda". CUDA ranks talk over NCCL, CPU ranks over gloo.
         deterministic: CUDA's kernels and libraries give the same bits each time, where they have a way to; torch warns of one that has none.
     """
-    rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in
-                              (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, size, local_rank = _place()
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cuda" and not available:
         raise EngineError("ENVIRONMENT-CUDA", "train.device=cuda, but torch sees no CUDA device; set train.device=cpu", ENVIRONMENT)
     on_cuda = available > 0 and device != "cpu"
+    if on_cuda and size > 1 and "LOCAL_RANK" not in os.environ:
+        raise _no_launch("LOCAL_RANK is not set, which tells the GPU")
     if on_cuda and local_rank >= available:
         raise EngineError("ENVIRONMENT-CUDA", f"local rank {local_rank} has no GPU of its own, the node shows {available}; "
                           f"start at most {available} ranks a node or set train.device=cpu", ENVIRONMENT)
@@ -78,40 +87,82 @@ def init(device: str, timeout_s: float, deterministic: bool = True) -> World:
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     if size > 1:
         store = _meet(rank, size, timeout_s)
-        dist.init_process_group("nccl" if on_cuda else "gloo", store=store, rank=rank, world_size=size,
-                                timeout=UNLIMITED, device_id=where if on_cuda else None)
-        _watchdogs[-1].start()
+        with watchdog.exchange():
+            _watchdogs[-1].start()
+            dist.init_process_group("nccl" if on_cuda else "gloo", store=store, rank=rank, world_size=size,
+                                    timeout=UNLIMITED, device_id=where if on_cuda else None)
     return World(rank, size, local_rank, where)
 
 
+def _place() -> tuple[int, int, int]:
+    """Rank, size and local rank as the launcher set them."""
+    try:
+        rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    except ValueError as error:
+        raise _no_launch(str(error)) from error
+    if not (0 <= rank < size and 0 <= local_rank < size):
+        raise _no_launch(f"RANK={rank} LOCAL_RANK={local_rank} WORLD_SIZE={size}, expected ranks from 0 to WORLD_SIZE - 1")
+    if size > 1 and not (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT", "").isdecimal()):
+        raise _no_launch(f"WORLD_SIZE={size}, but MASTER_ADDR or MASTER_PORT is not set")
+    return rank, size, local_rank
+
+
+def _no_launch(what: str) -> EngineError:
+    return EngineError("LAUNCH-RANK", f"{what}; a launcher sets these variables: ./torchrun.sh or torchrun; for one process unset them all")
+
+
 def _meet(rank: int, size: int, timeout_s: float) -> dist.Store:
-    """The group's store once every rank has come to it: on rank 0, or in torchrun where that started the ranks and holds one."""
-    address, port, patience = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), PATIENCE * timeout_s
-    by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    place, holds = f"MASTER_ADDR={address} MASTER_PORT={port}", rank == 0 and not by_launcher
-    if on_one_node := address in LOOPBACK and "lo" in (name for _, name in socket.if_nameindex()):  # what ranks say to each other stays there too
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    """The group's store once every rank of this start has come to it; appends this rank's watchdog.
+
+    A launcher's store outlives its ranks, and with it what those that are gone wrote there. So each rank signs in under a word of its
+    own, rank 0 publishes all words, and one who finds his own among them uses keys of that start: they begin with rank 0's word.
+    """
+    by_launcher, patience = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True", PATIENCE * timeout_s
+    store, words = _store(rank == 0 and not by_launcher, size, patience), [f"meeting/{other}" for other in range(size)]
+    own_word, start, own = secrets.token_hex(8), None, None
+    store.set(words[rank], own_word)
+    end, pause = time.monotonic() + patience, 0.005
+    while True:
+        if rank == 0 and store.check(words):
+            store.set("meeting", b",".join(store.multi_get(words)))
+        found = store.get("meeting").decode(errors="replace").split(",") if store.check(["meeting"]) else []
+        if len(found) == size and found[rank] == own_word and found[0] != start:
+            start = found[0]
+            own = Watchdog(dist.PrefixStore(f"{start}/watchdog", store.clone()), rank, size, None if by_launcher else 0, timeout_s)
+        if own and own.store.check([own.key(other) for other in own.others]):
+            _watchdogs.append(own)
+            return dist.PrefixStore(f"{start}/group", store)
+        if time.monotonic() > end:
+            missing = [other for other in range(size) if other != rank and not (own.store.check([own.key(other)]) if own else store.check([words[other]]))]
+            raise EngineError("PEER-MISSING", f"{_address()}: rank {', '.join(map(str, missing or [0]))} of {size} did not come within {patience:g} s, "
+                              f"{PATIENCE} × train.timeout_s; look at what became of it, or raise train.timeout_s", PEER)
+        time.sleep(pause := min(1.5 * pause, 0.5))
+
+
+def _store(holds: bool, size: int, patience: float) -> dist.TCPStore:
+    """On rank 0, which `holds` it, or in torchrun where that started the ranks and holds one."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)  # of Linux, of macOS
+    if on_one_node := address in LOOPBACK and loopback is not None:  # what ranks say to each other stays there too
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
     try:
         # A store has no password and by itself listens on every interface: that of one node gets a socket that this node alone can reach.
         socket_of_one_node = socket.create_server(("127.0.0.1", port)).detach() if holds and on_one_node else None
-        store = dist.TCPStore(address, port, size, holds, timedelta(seconds=patience), wait_for_workers=False, master_listen_fd=socket_of_one_node)
-    except (OSError, dist.DistNetworkError) as error:
-        if isinstance(error, OSError) or "EADDRINUSE" in str(error):
-            raise EngineError("ENVIRONMENT-PORT", f"{place}: another program listens there; set another port, the same on all ranks", ENVIRONMENT) from error
-        raise EngineError("PEER-MISSING", f"{place}: rank 0 does not answer there for {patience:g} s; expected it to be started, and its node to be "
+        # In a thread: within torch this one would note no request to stop, and wait for ever where somebody listens and does not answer.
+        making = ThreadPoolExecutor(1).submit(dist.TCPStore, address, port, size, holds, timedelta(seconds=patience), wait_for_workers=False,
+                                              master_listen_fd=socket_of_one_node)
+        return making.result(patience)
+    except (TooLate, dist.DistNetworkError, OSError) as error:
+        if not isinstance(error, TooLate) and (isinstance(error, OSError) or "EADDRINUSE" in str(error)):
+            raise EngineError("ENVIRONMENT-PORT", f"{_address()}: another program listens there; set another port, the same on all ranks",
+                              ENVIRONMENT) from error
+        raise EngineError("PEER-MISSING", f"{_address()}: rank 0 does not answer there for {patience:g} s; expected it to be started, and its node to be "
                           "reached", PEER) from error
-    # torchrun keeps its store when it starts ranks again, and in it the addresses of those that are gone; so each start has its own keys.
-    start = f"start-{errors.restarts_in_launch()}"
-    own = Watchdog(dist.PrefixStore(f"{start}/watchdog", store.clone()), rank, size, None if by_launcher else 0, timeout_s)
-    end, pause = time.monotonic() + patience, 0.005
-    while missing := [other for other in own.others if not own.store.check([own.key(other)])]:
-        if time.monotonic() > end:
-            raise EngineError("PEER-MISSING", f"{place}: rank {', '.join(map(str, missing))} of {size} did not come within {patience:g} s, {PATIENCE} × "
-                              "train.timeout_s; look at what became of it, or raise train.timeout_s", PEER)
-        time.sleep(pause := min(1.5 * pause, 0.5))
-    _watchdogs.append(own)
-    return dist.PrefixStore(f"{start}/group", store)
+
+
+def _address() -> str:
+    return f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}"
 
 
 @contextmanager
@@ -124,9 +175,12 @@ def losses_told() -> Iterator[None]:
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
             raise (own.lost(text) if own else EngineError("PEER-LOST", f"rank {rank} lost the others before they had met: {text}", PEER)) from error
         told = error
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in text for words in NO_MEMORY):
             told = EngineError("ENVIRONMENT-MEMORY", f"rank {rank} has no memory left in {watchdog.now.place}: {text}; lower train.micro_batch or "
                                "data.max_length, or set train.activation_checkpointing", ENVIRONMENT)
+        elif isinstance(error, RuntimeError) and any(words in text for words in OF_GPU) and not any(words in text for words in OF_KERNEL):
+            told = EngineError("ENVIRONMENT-GPU", f"the GPU of rank {rank} failed in {watchdog.now.place}: {text}; look on that machine for Xid in dmesg and "
+                               "for ECC in nvidia-smi -q, then start again, which goes on from the last checkpoint", ENVIRONMENT)
         if own:
             own.leave(str(told).splitlines()[0] if isinstance(told, EngineError) else f"{type(error).__name__}: {text}", cause=True)
         if told is error:
@@ -225,8 +279,10 @@ def gather_text(text: str, world: World) -> list[str]:
 def check_same(facts: dict[str, Any], world: World) -> None:
     """Raises EngineError that names the first fact in which a rank differs from rank 0, and the ranks: before they train together.
 
-    Ranks may differ in `threads`, as nodes have cores: rank 0 warns, since a run with other ones would round otherwise.
+    What they compute on is such a fact, for each rank updates a copy of the weights and another GPU or instruction set may round
+    otherwise. Ranks may differ in `threads`, as nodes have cores: rank 0 warns, since a run with other ones would round otherwise.
     """
+    facts = {**_computes_on(world.device), **facts}
     found = [json.loads(text) for text in gather_text(json.dumps(facts, default=str), world)]
     for name in facts:
         if others := [rank for rank, one in enumerate(found) if one.get(name) != found[0].get(name)]:
@@ -237,6 +293,12 @@ def check_same(facts: dict[str, Any], world: World) -> None:
                 continue
             raise EngineError("PEER-DIFFERS", f"{name}: rank {others[0]} has {found[others[0]][name]}, rank 0 has {found[0][name]} (ranks that differ: "
                               f"{', '.join(map(str, others))}); expected the same everywhere: look at the files and options of their nodes", PEER)
+
+
+def _computes_on(device: torch.device) -> dict[str, str]:
+    if device.type == "cuda":
+        return {"GPU": torch.cuda.get_device_name(device)}
+    return {"instruction set of the CPU (ATEN_CPU_CAPABILITY=default makes all alike)": torch.backends.cpu.get_cpu_capability()}
 
 
 def bit_sums(tensors: dict[str, Tensor]) -> Tensor:

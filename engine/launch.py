@@ -7,8 +7,11 @@ may import torch.distributed beside distributed.py.
 import logging
 import os
 import signal
+import tempfile
 import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from engine import config
 from engine.errors import DONE, ENVIRONMENT, PEER, PREEMPTED, EngineError, run
@@ -31,17 +34,45 @@ def main(argv: list[str]) -> int:
     for one in StopRequest.SIGNALS:  # until there are ranks
         signal.signal(one, lambda *_: os._exit(PREEMPTED))
 
-    if "--standalone" in argv:  # torch's way listens on every interface of the machine, without a password
-        at, meeting = argv.index("--standalone"), os.memfd_create("meeting")  # of one node: a file, and in memory
-        argv = [*argv[:at], "--rdzv-backend=c10d", "--rdzv-conf=store_type=file", f"--rdzv-endpoint=/proc/self/fd/{meeting}", "--local-addr=127.0.0.1",
-                *argv[at + 1 :]]
+    if "--standalone" not in argv:
+        return launched(argv)
+    with file_to_meet_at() as path:  # torch's way listens on every interface of the machine, without a password
+        at = argv.index("--standalone")
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # ranks meet at one of them, see distributed.py
+        return launched([*argv[:at], "--rdzv-backend=c10d", "--rdzv-conf=store_type=file", f"--rdzv-endpoint={path}", "--local-addr=127.0.0.1",
+                         *argv[at + 1 :]])
 
+
+@contextmanager
+def file_to_meet_at() -> Iterator[str]:
+    """In memory where the system has such files (Linux), else in a folder of this user's alone, gone after the block."""
+    if hasattr(os, "memfd_create"):
+        yield f"/proc/self/fd/{os.memfd_create('meeting')}"
+        return
+    with tempfile.TemporaryDirectory(prefix="meeting-") as folder:
+        yield os.path.join(folder, "file")
+
+
+def launched(argv: list[str]) -> int:
+    """torchrun's own main, and the exit code that belongs to how it ended."""
     from torch.distributed import DistError
     from torch.distributed import run as torchrun
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
+
+    from engine.restarts import FATAL
+
+    look = LocalElasticAgent._monitor_workers
+
+    def look_for_the_last_word(agent, group):
+        found = look(agent, group)
+        if any(failure.exitcode in (PREEMPTED, *FATAL) for failure in found.failures.values()):
+            agent._remaining_restarts = 0
+        return found
+
+    LocalElasticAgent._monitor_workers = look_for_the_last_word  # torchrun would start those again who stopped as asked
 
     if TRAIN in argv:  # ranks start with these held back, until they can note them; for this process a thread without a task takes them
         threading.Thread(target=threading.Event().wait, daemon=True).start()

@@ -168,7 +168,8 @@ def speed(step: Any, seconds: float, flops: Flops, peak: float) -> dict[str, flo
 
 def memory(device: torch.device) -> dict[str, float]:
     """MB: the process's peak, and the GPU's where there is one."""
-    found = {"memory/peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    unit = 2**20 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kB
+    found = {"memory/peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
     if device.type == "cuda":
         found["memory/peak_gpu_mb"] = torch.cuda.max_memory_allocated(device) / 2**20
         found["memory/gpu_mb"] = torch.cuda.memory_allocated(device) / 2**20

@@ -49,6 +49,7 @@ def choose(cfg: Recipe) -> Path:
 def locked(path: Path, rank: int) -> Iterator[None]:
     """Makes the directory and holds its lock, on rank 0; other ranks pass through. A launcher's restart in vain ends here."""
     if rank != 0:
+        restarts.check(path, rank)
         yield
         return
     try:
@@ -69,7 +70,7 @@ def locked(path: Path, rank: int) -> Iterator[None]:
             raise _no_name(path, error) from error
         raise EngineError("ENVIRONMENT-RUN", f"{path}: cannot be written: {error}; set run.folder", ENVIRONMENT) from error
     with lock:
-        restarts.check(path)
+        restarts.check(path, rank)
         yield
 
 
@@ -82,27 +83,32 @@ def describe(path: Path, cfg: Recipe, facts: dict[str, Any], start: int = 0) -> 
     for package, tested in TESTED.items():
         if (found := _version(package)) and not found.startswith(f"{tested}."):
             print(f"WARNING {package} {found} is not what the tests run with, {tested}; constraints.txt has the versions", file=sys.stderr)
-    record = {"command": list(map(shown, [Path(sys.argv[0]).name, *sys.argv[1:]])), "commit": commit(), "python": platform.python_version(),
-              "versions": {name: _version(name) for name in PACKAGES}, "machine": hardware(), **facts}
+    record = {"command": list(map(shown, [Path(sys.argv[0]).name, *sys.argv[1:]])), "commit": commit(), "engine": sources(),
+              "python": platform.python_version(), "versions": {name: _version(name) for name in PACKAGES}, "machine": hardware(), **facts}
     if start and (changed := _other_bits(path / "run.json", record)):
-        print(f"WARNING {path}: going on with {'; '.join(changed)} (before → now): results are no longer those of one run to the bit",
+        print(f"WARNING {path}: going on with {'; '.join(changed)} (before → now): results may no longer be those of one run to the bit",
               file=sys.stderr, flush=True)
     (path / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def program() -> dict[str, Any]:
-    """What computes: it must be the same on every rank of a run. `engine` is a digest of the sources as they lie here."""
-    root, sources = Path(__file__).resolve().parent, hashlib.sha256()
+def sources() -> str:
+    """A digest of the engine's sources as they lie here."""
+    root, digest = Path(__file__).resolve().parent, hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
-        sources.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode() + path.read_bytes())
-    return {"engine": sources.hexdigest(), "python": platform.python_version(), **{name: _version(name) for name in PACKAGES},
+        digest.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def program() -> dict[str, Any]:
+    """What computes: it must be the same on every rank of a run."""
+    return {"engine": sources(), "python": platform.python_version(), **{name: _version(name) for name in PACKAGES},
             "threads": torch.get_num_threads()}
 
 
 def _other_bits(path: Path, record: dict[str, Any]) -> list[str]:
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
-        pairs = {"torch": (before["versions"]["torch"], record["versions"]["torch"])}
+        pairs = {"torch": (before["versions"]["torch"], record["versions"]["torch"]), "engine": (before.get("engine"), record["engine"])}
         pairs |= {name: (before["machine"].get(name), record["machine"][name]) for name in BITS}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return []

@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
     # ---- Recipe: every mistake in it is told here, before torch takes its seconds to import -------------------------
     cfg, stop = config.load(argv), StopRequest()
 
-    from engine import adapter, blackbox, checkpoint, distributed, export, hub, metrics, optim, precision, report, rundir
+    from engine import adapter, blackbox, checkpoint, distributed, export, hub, metrics, optim, precision, report, restarts, rundir
     from engine.attention import PackedAttention
     from engine.attention import choose as choose_attention
     from engine.data import added_tokens, changes, chat_template, checks, dataset, ledger, loader, view
@@ -170,7 +170,7 @@ def main(argv: list[str]) -> int:
                 log.say(f"stopped as asked after step {done}, saved; the same command goes on from there")
                 log.close()
                 distributed.close(world)
-                return errors.PREEMPTED
+                return restarts.stopped(run)
 
         # ---- End: weights for others, and what to look at ------------------------------------------------------------
         if evaluation and judged is None:  # resumed after the last step

@@ -201,20 +201,21 @@ def test_a_checkpoint_of_a_newer_engine_is_refused_and_not_passed_over(stopped, 
 def test_other_arithmetic_is_one_warning(stopped, ranks, tmp_path):
     path = tmp_path / "runs/run/run.json"
     record = json.loads(path.read_text())
-    for where, name, value in (("versions", "torch", "1.13.0"), ("machine", "cpu_capability", "AVX9"), ("machine", "threads_per_rank", 7)):
-        assert name in record[where]
-        record[where][name] = value
+    for of, name, value in ((record["versions"], "torch", "1.13.0"), (record["machine"], "cpu_capability", "AVX9"),
+                            (record["machine"], "threads_per_rank", 7), (record, "engine", "that of before")):
+        assert name in of
+        of[name] = value
     path.write_text(json.dumps(record))
     started = ranks(2, stopped())
     assert started.wait() == [0, 0]
     said = started.log.read_text()
-    assert said.count("WARNING") == 1 and "no longer those of one run to the bit" in said
-    assert "torch: 1.13.0 → " in said and "cpu_capability: AVX9 → " in said and "threads_per_rank: 7 → 1" in said
+    assert said.count("WARNING") == 1 and "may no longer be those of one run to the bit" in said
+    assert "torch: 1.13.0 → " in said and "engine: that of before → " in said and "cpu_capability: AVX9 → " in said and "threads_per_rank: 7 → 1" in said
 
 
 @pytest.mark.parametrize("name", rundir.BITS)
 def test_each_fact_that_sums_round_by_is_recorded_and_compared(name, tmp_path):
-    now = {"versions": {"torch": "2"}, "machine": rundir.hardware()}
+    now = {"versions": {"torch": "2"}, "engine": "a", "machine": rundir.hardware()}
     (tmp_path / "run.json").write_text(json.dumps({**now, "machine": {**now["machine"], name: "other"}}))
     assert [one.partition(":")[0] for one in rundir._other_bits(tmp_path / "run.json", now)] == [name]
     (tmp_path / "run.json").write_text(json.dumps(now))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,24 +41,34 @@ if kind == "stop":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     open(f"ready{rank}", "w").close()
     time.sleep(60)
+if kind in ("asked", "refused"):
+    open(f"{kind}{os.environ['TORCHELASTIC_RESTART_COUNT']}", "w").close()
+    time.sleep(60 * rank)
+    sys.exit(75 if kind == "asked" else 3)
+if kind == "places" and rank == 1:
+    import pathlib, tempfile
+    folder, = pathlib.Path(tempfile.gettempdir()).glob("meeting-*")
+    print(oct(folder.stat().st_mode & 0o777), *(oct(path.stat().st_mode & 0o777) for path in folder.iterdir()))
 """
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory) -> dict[str, subprocess.CompletedProcess]:
+def launched(tmp_path_factory) -> dict[str, Any]:
     """Every kind of toy run, all at once: most of their time is the launcher's import of torch."""
     folder = tmp_path_factory.mktemp("toy")
     (folder / "toy.py").write_text(TOY)
     command = [sys.executable, "-m", "engine.launch", "--standalone", "--nproc-per-node", "2", "-m", "toy"]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}", "OMP_NUM_THREADS": "1"}
     environment.pop("LOGLEVEL", None)
-    processes = {kind: subprocess.Popen([*command, kind], cwd=folder, env=environment, text=True, stdout=subprocess.PIPE,
-                                        stderr=subprocess.PIPE) for kind in ("done", "numeric", "raise", "kill", "stop")}
+    again = [*command[:3], "--max-restarts", "3", *command[3:]]
+    kinds = {**dict.fromkeys(("done", "numeric", "raise", "kill", "stop"), command), "asked": again, "refused": again}
+    processes = {kind: subprocess.Popen([*start, kind], cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                 for kind, start in kinds.items()}
     deadline = time.monotonic() + 60
     while not all((folder / f"ready{rank}").exists() for rank in (0, 1)) and time.monotonic() < deadline:
         time.sleep(0.05)
     processes["stop"].send_signal(signal.SIGTERM)
-    ended = {}
+    ended = {"folder": folder}
     for kind, process in processes.items():
         out, err = process.communicate(timeout=60)
         ended[kind] = subprocess.CompletedProcess(command, process.returncode, out, err)
@@ -72,6 +83,24 @@ def test_launch_returns_the_ranks_exit_code_and_adds_no_text_of_torchruns(launch
     assert launched[kind].returncode == code, launched[kind].stderr
     assert stderr in launched[kind].stderr
     assert "elastic" not in launched[kind].stderr and "Root Cause" not in launched[kind].stderr
+
+
+@pytest.mark.parametrize("kind, code", [("asked", PREEMPTED), ("refused", CHECKPOINT)])
+def test_what_a_restart_would_undo_or_cannot_mend_is_not_started_again(launched, kind, code):
+    assert launched[kind].returncode == code, launched[kind].stderr
+    assert [path.name for path in launched["folder"].glob(f"{kind}*")] == [f"{kind}0"]
+
+
+def test_where_there_are_no_files_in_memory_nodes_of_one_meet_in_a_file_of_this_users_alone(tmp_path):
+    """macOS has no memfd_create and no /proc."""
+    (tmp_path / "toy.py").write_text(TOY)
+    (tmp_path / "tmp").mkdir()
+    text = "import os; from engine import errors, launch; del os.memfd_create; errors.run(launch.main)"
+    ended = subprocess.run([sys.executable, "-c", text, "--standalone", "--nproc-per-node", "2", "-m", "toy", "places"], cwd=tmp_path, text=True,
+                           env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path / "tmp")},
+                           capture_output=True)
+    assert (ended.returncode, ended.stdout) == (DONE, "0o700 0o600\n"), ended.stderr
+    assert not list((tmp_path / "tmp").glob("meeting-*"))
 
 
 def test_a_killed_rank_is_told_in_one_line(launched):

@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from test_namespaces import free_port
+from test_preemption import last_step, until
 from test_resume import FULL, result, steps_done
+from test_watchdog import command
 
 from engine import checkpoint, metrics, train
-from engine.errors import CHECKPOINT, DONE, ENVIRONMENT, PEER, EngineError
+from engine.errors import CHECKPOINT, DONE, ENVIRONMENT, PEER, PREEMPTED, EngineError
 
 OPTIONS = (*FULL, "train.epochs=12", "train.global_batch=4", "data.packing=true", "checkpoint.every_steps=4", "checkpoint.each_epoch=false", "export.kinds=[]")
 
@@ -28,11 +31,15 @@ def rank_under(launcher: int, rank: int) -> int:
     raise AssertionError("the rank is not there")
 
 
+def only_child(launcher: int) -> int | None:
+    return next(map(int, Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()), None)
+
+
 def test_torchrun_starts_a_group_again_that_goes_on(recipe, trained, tmp_path):
     trained(2, recipe(*OPTIONS, name="whole"))
-    run, command = tmp_path / "runs/cut", [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts=2"]
+    run, torchrun = tmp_path / "runs/cut", [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts=2"]
     with (tmp_path / "log").open("w") as log:
-        launched = subprocess.Popen([*command, "-m", "engine.train", *recipe(*OPTIONS, name="cut")], cwd=ROOT, stdout=log, stderr=log)
+        launched = subprocess.Popen([*torchrun, "-m", "engine.train", *recipe(*OPTIONS, name="cut")], cwd=ROOT, stdout=log, stderr=log)
         while launched.poll() is None and steps_done(run) < 9:
             time.sleep(0.005)
         os.kill(rank_under(launched.pid, 1), signal.SIGKILL)
@@ -104,8 +111,28 @@ def test_what_a_restart_cannot_mend_ends_it_at_once_with_the_same_code(recipe, r
     started = ranks(1, failing)
     assert started.wait() == [DONE if again else code], started.log.read_text()
     if not again:
+        other = ranks(1, lambda: (os.environ.update(RANK="1", WORLD_SIZE="2"), command(recipe(*OPTIONS))))
+        assert other.wait(10) == [code], "it waits for rank 0"
         assert "started again, which cannot help: ERROR E-TEST the cause" in started.log.read_text()
         assert steps_done(tmp_path / "runs/run") == 0 and json.loads((tmp_path / "runs/run/last_error.json").read_text())["exit_code"] == code
+
+
+def test_a_stop_is_not_undone_by_a_restart_but_by_the_next_launch(recipe, ranks, tmp_path, monkeypatch):
+    run, endless = tmp_path / "runs/run", recipe(*OPTIONS, "train.epochs=100000")
+    for _ in range(2):  # the second launch goes on from the first, and can be stopped as well
+        begun = last_step(run)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+        started = ranks(2, lambda: command(endless))
+        until(lambda begun=begun: last_step(run) > begun, "steps")
+        os.kill(started.pids[1], signal.SIGUSR1)
+        assert started.wait() == [PREEMPTED] * 2, started.log.read_text()
+        stopped_at = last_step(run)
+        for count in (1, 2):
+            monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
+            for rank in (1, 0):  # each by itself: it waits for nobody
+                again = ranks(1, lambda rank=rank: (os.environ.update(RANK=str(rank), WORLD_SIZE="2"), command(endless)))
+                assert again.wait(10) == [PREEMPTED], again.log.read_text()
+        assert last_step(run) == stopped_at
 
 
 CRASH = """
@@ -124,8 +151,71 @@ errors.run(train.main)
 @pytest.mark.faults
 def test_a_crash_loop_under_the_launcher(recipe, tmp_path):
     (tmp_path / "crash.py").write_text(CRASH)
-    command = [sys.executable, "-m", "engine.launch", "--standalone", "--nproc-per-node", "2", "--max-restarts", "5", "-m", "crash"]
-    ended = subprocess.run([*command, *recipe(*OPTIONS, "checkpoint.every_s=0")], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+    launch = [sys.executable, "-m", "engine.launch", "--standalone", "--nproc-per-node", "2", "--max-restarts", "5", "-m", "crash"]
+    ended = subprocess.run([*launch, *recipe(*OPTIONS, "checkpoint.every_s=0")], cwd=tmp_path, capture_output=True, text=True, timeout=300,
                            env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"})
     assert ended.returncode == PEER and ended.stderr.count("ERROR E-RESTART-LOOP") == 2, ended.stderr
     assert ended.stdout.count("resumed after step") == 3
+
+
+@pytest.fixture
+def nodes(tmp_path):
+    """`nodes(launcher, options, arguments)` starts a launcher of one rank for each of two nodes, both on this machine."""
+    started: list[subprocess.Popen] = []
+
+    def start(launcher: str, options: Callable[[int], list[str]], arguments: list[str]) -> list[subprocess.Popen]:
+        for node in range(2):
+            with (tmp_path / f"node-{node}.log").open("w") as log:
+                started.append(subprocess.Popen([sys.executable, "-m", launcher, "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "2",
+                                                 *options(node), "-m", "engine.train", *arguments], cwd=ROOT, stdout=log, stderr=log))
+        return started
+
+    yield start
+    for one in started:
+        one.kill()
+
+
+def static(port: int) -> Callable[[int], list[str]]:
+    return lambda node: ["--node-rank", str(node), "--master-addr", "127.0.0.1", "--master-port", str(port)]
+
+
+def dynamic(port: int) -> Callable[[int], list[str]]:
+    return lambda node: ["--rdzv-backend", "c10d", "--rdzv-id", "one", "--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1"]
+
+
+def told(tmp_path: Path) -> str:
+    return "".join((tmp_path / f"node-{node}.log").read_text() for node in range(2))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("who", ["rank 1", "launcher 0", "launcher 1"])
+@pytest.mark.parametrize("launcher", ["engine.launch", "torch.distributed.run"])
+def test_a_stop_of_one_node_of_two_is_not_undone(recipe, nodes, tmp_path, launcher, who):
+    run = tmp_path / "runs/run"
+    started = nodes(launcher, static(free_port()), recipe(*OPTIONS, "train.epochs=100000"))
+    until(lambda: steps_done(run) > 3, "steps", 120)
+    kind, number = who.split()
+    pid = started[int(number)].pid
+    os.kill(rank_under(pid, 1) if kind == "rank" else pid, signal.SIGTERM)
+    codes = [one.wait(90) for one in started]
+    assert launcher != "engine.launch" or codes == [PREEMPTED] * 2, told(tmp_path)
+    assert told(tmp_path).count("stopped as asked after step") == 1 and (run / "stopped").exists()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("meeting", [static, dynamic])
+@pytest.mark.parametrize("launcher", ["engine.launch", "torch.distributed.run"])
+def test_two_nodes_start_again_and_go_on(recipe, nodes, trained, tmp_path, launcher, meeting):
+    """A rank is killed once they train, and another one before it has met the others: then one node alone starts again."""
+    trained(2, recipe(*OPTIONS, name="whole"))
+    run = tmp_path / "runs/cut"
+    started = nodes(launcher, meeting(free_port()), recipe(*OPTIONS, name="cut"))
+    until(lambda: steps_done(run) > 9, "steps", 120)
+    victim = next(one for one in started if b"\0RANK=1\0" in Path(f"/proc/{only_child(one.pid)}/environ").read_bytes())
+    first = only_child(victim.pid)
+    os.kill(first, signal.SIGKILL)
+    until(lambda: only_child(victim.pid) not in (None, first), "it starts again", 60)
+    time.sleep(1)  # within its imports
+    os.kill(only_child(victim.pid), signal.SIGKILL)
+    assert [one.wait(120) for one in started] == [DONE, DONE], told(tmp_path)
+    assert result(run) == result(tmp_path / "runs/whole")
