@@ -197,11 +197,11 @@ def test_an_exchange_that_all_are_in_and_none_leaves_ends(recipe, ranks):
     def main() -> None:
         for rank in range(2):
             on_call(rank, torch.distributed, "all_reduce", 4, stuck)
-        command(recipe(*ENDLESS, "train.timeout_s=1"))
+        command(recipe(*ENDLESS, "train.timeout_s=2"))
 
     started, began = ranks(2, main), time.monotonic()
     assert started.wait() == [PEER, PEER] and time.monotonic() - began < 30
-    assert re.search(r"E-PEER-HUNG all ranks have waited for \d s in one exchange \(step 4, after backward\)", started.log.read_text())
+    assert re.search(r"E-PEER-HUNG all ranks have waited for \d+ s in one exchange \(step 4, after backward\)", started.log.read_text())
 
 
 @pytest.mark.parametrize("rank, timeout_s", [(1, 3), *(pytest.param(rank, 10, marks=pytest.mark.faults) for rank in (0, 1, 3))])
