@@ -134,6 +134,8 @@ def _entry(name: str, value: Any) -> Entry:
     size = math.prod(shape) * TYPES[dtype].itemsize
     if place[1] - place[0] != size:
         raise ValueError(f"{name}: a {dtype} of shape {shape} takes {size:,} bytes, it has {place[1] - place[0]:,}")
+    if math.prod(max(1, number) for number in shape) * TYPES[dtype].itemsize >= 1 << 63:  # torch's strides count past sizes of 0
+        raise ValueError(f"{name}: its shape is {shape}, of which torch makes no tensor")
     return Entry(*place, name, TYPES[dtype], shape)
 
 
