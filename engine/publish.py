@@ -15,23 +15,31 @@ from engine.errors import ENVIRONMENT, EngineError, rank_in_launch
 def published(target: Path) -> Iterator[Path]:
     """Yields the name to write under; what is there takes the place of `target` when the block ends well, and goes if not.
 
+    What was there goes last: between two renames of folders, and no longer, it lies beside as .old-NAME and nothing has the name.
+
     Raises:
         EngineError: the disk refuses.
     """
-    building = target.with_name(f".tmp-{target.name}")
+    building, old = target.with_name(f".tmp-{target.name}"), target.with_name(f".old-{target.name}")
     try:
         remove(building)
         building.parent.mkdir(parents=True, exist_ok=True)
         yield building
-        remove(target)
         for path in [building, *building.rglob("*")]:  # a name that outlives a loss of power must not stand for less than it says
             fsync(path)
+        if target.is_dir() or (building.is_dir() and os.path.lexists(target)):  # a file takes a file's place at once
+            remove(old)
+            os.rename(target, old)
         os.rename(building, target)
+        fsync(target.parent)
+        remove(old)
     except OSError as error:
         if error.filename and not str(error.filename).startswith(str(target.parent)):
             raise  # it is not about what is written
         raise _unwritable(target, error) from error
     finally:
+        if os.path.lexists(old) and not os.path.lexists(target):
+            os.rename(old, target)
         remove(building)
 
 
