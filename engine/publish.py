@@ -1,5 +1,6 @@
 """A file or folder that is there whole or not at all: made under a temporary name beside its own, renamed at the end."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -7,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from engine.errors import ENVIRONMENT, EngineError, rank_in_launch
 
@@ -69,12 +71,28 @@ def locked(target: Path, waiting: str | None = None) -> Iterator[None]:
         raise _unwritable(target, error) from error
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_now(lock)
         except BlockingIOError:
             if waiting and rank_in_launch() == 0:
                 print(waiting, file=sys.stderr, flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def lock_now(lock: IO[str]) -> None:
+    """Takes the lock of an open file, which goes with the file.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        EngineError: the file system has no locks.
+    """
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise EngineError("ENVIRONMENT-LOCKS", f"{lock.name}: its file system gives no locks ({error.strerror}), expected flock, without which two runs "
+                              "would write over each other; mount it with locks, or name a place on another disk", ENVIRONMENT) from error
+        raise
 
 
 def fsync(path: Path) -> None:

@@ -238,7 +238,7 @@ BUGS = [
         "{}",
         "tests/test_blackbox.py::test_the_losses_that_a_spike_is_judged_by_outlive_a_resume"),
     Bug("two runs in one folder", "engine/rundir.py",
-        "        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
+        "        lock_now(lock)\n",
         "",
         "tests/test_storage.py::test_a_second_run_in_the_same_place_is_refused_and_told_who_is_there"),
     # ---- ranks that hang, other identities, hostile input

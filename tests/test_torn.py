@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from test_resume import LONG, LORA, result
 
-from engine import checkpoint, publish, tensorfile, train
+from engine import checkpoint, publish, rundir, tensorfile, train
 from engine.checkpoint import FILES, MANIFEST, Snapshot
 
 NAMES = (*FILES, MANIFEST)
@@ -431,3 +431,21 @@ def test_what_was_there_comes_back_where_the_new_one_gets_no_name(folder):
     publishes(place / "model", "old")
     code, text = traced(folder, "-e", CALLS, "-e", "inject=rename,renameat,renameat2:error=EIO:when=2", what=lambda: publishes(place / "model", "new"))
     assert code == 4 and "INJECTED" in text and published_text(place / "model") == "old" and os.listdir(place) == ["model"]
+
+
+@needs_strace
+@pytest.mark.parametrize("what", ["run", "cache"])
+@pytest.mark.parametrize("answer", ["ENOLCK", "EOPNOTSUPP", "ENOSYS"])
+def test_a_file_system_without_locks_is_told_as_one(folder, what, answer):
+    said, place = folder / "said", folder / "place"
+
+    def locks() -> None:
+        try:
+            with rundir.locked(place, 0) if what == "run" else publish.locked(place):
+                pass
+        except checkpoint.EngineError as error:
+            said.write_text(str(error))
+            raise
+
+    code, text = traced(folder, "-e", "trace=flock", "-e", f"inject=flock:error={answer}", what=locks)
+    assert code == 4 and "INJECTED" in text and f"E-ENVIRONMENT-LOCKS {place}" in said.read_text() and "gives no locks" in said.read_text()
