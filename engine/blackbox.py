@@ -33,6 +33,7 @@ from engine.distributed import World
 from engine.errors import NUMERIC, EngineError
 from engine.precision import LossScale
 from engine.publish import published
+from engine.record import plain
 from engine.saver import Saver
 
 LEAST = 20  # losses before one is judged
@@ -157,7 +158,7 @@ class Recorder:
             try:
                 self.saver.wait()  # the last one taken is the nearest to go from, and none is removed while it is linked
                 newest = checkpoint.newest(self.run / "checkpoints")
-                text = json.dumps(_plain({**found, "checkpoint": newest, "began": self.began}), indent=1, ensure_ascii=False, allow_nan=False)
+                text = json.dumps(plain({**found, "checkpoint": newest, "began": self.began}), indent=1, ensure_ascii=False, allow_nan=False)
                 with published(target) as building:
                     building.mkdir()
                     (building / "blackbox.json").write_text(text + "\n", encoding="utf-8")
@@ -215,12 +216,3 @@ def link(source: str, target: str) -> None:
 def _some(names: list[str]) -> str:
     names = list(dict.fromkeys(names))
     return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED:,} more" if len(names) > NAMED else "")
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no name for a number that is not finite: as text."""
-    if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_plain(one) for one in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -27,6 +27,7 @@ from engine.data import changes, ledger
 from engine.data.dataset import Dataset
 from engine.errors import CHECKPOINT, ENVIRONMENT, SECURITY, EngineError
 from engine.publish import fsync, remove
+from engine.record import plain
 
 NAME = re.compile(r"step-([0-9]{9})")
 MANIFEST = "manifest.json"
@@ -69,7 +70,7 @@ def save(folder: Path, step: int, snapshot: Snapshot, keep: int, best: int | Non
         building.mkdir()  # but not its parents: a run directory that was moved away is not made anew
         tensorfile.save(snapshot.model, building / FILES[0])
         tensorfile.save(snapshot.optimizer, building / FILES[1])
-        (building / FILES[2]).write_text(json.dumps({**snapshot.state, "step": step}, indent=2) + "\n", encoding="utf-8")
+        (building / FILES[2]).write_text(json.dumps(plain({**snapshot.state, "step": step}), indent=2, allow_nan=False) + "\n", encoding="utf-8")
         files = {name: {"bytes": (building / name).stat().st_size, "sha256": _sha256(building / name)} for name in FILES}
         (building / MANIFEST).write_text(_sealed({"format": FORMAT, "step": step, "files": files}), encoding="utf-8")
         for path in building.iterdir():

@@ -1,6 +1,7 @@
 """metrics.jsonl: one line a step, each on its way to the disk before the step counts as done, so that a kill loses none."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ class Record:
             EngineError: the disk refuses, or the file that is written to is no longer the one of that name: the run's folder was moved
                 or deleted, and what is written from here on would be lost or make a second folder.
         """
-        rest = (json.dumps(line) + "\n").encode()
+        rest = (json.dumps(plain(line), allow_nan=False) + "\n").encode()
         try:
             while rest:
                 rest = rest[self.file.write(rest):]
@@ -72,3 +73,12 @@ def _keep_steps(path: Path, done: int) -> None:
     replacement = path.with_suffix(".tmp")
     replacement.write_bytes(b"".join(kept))
     os.replace(replacement, path)
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON can have it, which has no name for a number that is not finite: those as text, "inf", "-inf" or "nan"."""
+    if isinstance(value, dict):
+        return {key: plain(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [plain(one) for one in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

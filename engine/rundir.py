@@ -21,6 +21,7 @@ from engine import config, restarts
 from engine.config import Recipe
 from engine.errors import ENVIRONMENT, USER, EngineError
 from engine.publish import fsync, lock_now, published
+from engine.record import plain
 from engine.terminal import shown
 
 TESTED = {"torch": "2.13", "omegaconf": "2.4", "safetensors": "0.8"}  # by the first numbers of their versions
@@ -120,7 +121,7 @@ def commit_of_base(path: Path, name: str) -> str | None:
 def finish(path: Path, results: dict[str, float]) -> None:
     """Marks the run as finished, with its final figures; it will not be written to again."""
     with published(path / "finished.json") as building:  # half a mark would be one
-        building.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        building.write_text(json.dumps(plain(results), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def hardware() -> dict[str, Any]:

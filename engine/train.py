@@ -159,7 +159,7 @@ def main(argv: list[str]) -> int:
                 judged = evaluation.run(model, whole=done == num_steps)
                 scalars |= judged.scalars
             if leaving or timed or due(cfg.checkpoint, done, step):
-                if judged and judged.loss < best["loss"]:
+                if judged and judged.loss < float(best["loss"]):
                     best = {"step": done, "loss": judged.loss}
                 state = {"identity": identity, "scale": scale.state(), "best": best, "trained": counted,
                          "skips": plan.skips, "files": changes.table(rows), "losses": boxes.state()}

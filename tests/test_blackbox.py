@@ -325,8 +325,11 @@ STORM = ("train.precision=fp16", "train.loss_scale=16777216", "train.global_batc
 
 def test_a_storm_of_overflows_is_resumed_inside_to_the_bit(recipe, ranks, trained, tmp_path):
     trained(2, recipe(*STORM, name="whole"))
-    lines = [json.loads(line) for line in (tmp_path / "runs/whole/metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "runs/whole/metrics.jsonl").read_text().splitlines()]  # JSON has no Infinity
     skipped = [line["train/skipped"] for line in lines]
+    assert [line["step"] for line in lines if line["train/grad_norm"] in ("inf", "nan")] == [line["step"] for line in lines if line["train/skipped"]] != []
+    for path in (*(tmp_path / "runs/whole").glob("*.json"), *(tmp_path / "runs/whole/checkpoints").glob("*/*.json")):
+        json.loads(path.read_text(), parse_constant=pytest.fail)
     calm = skipped.index(0)
     assert calm > 5 and not any(skipped[calm + 5 :]), "a storm, and then none"
     for stop in (2, calm - 1):
