@@ -13,8 +13,8 @@ import re
 import shutil
 import stat
 import sys
-from collections.abc import Collection
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,8 @@ FORMAT = 1
 class Snapshot:
     """`model`: the trained weights by name. `optimizer`: its moments. `state`: step, scale, identity and the like, as JSON."""
 
-    model: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
+    model: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
     state: dict[str, Any]
 
 
@@ -141,14 +141,25 @@ def _others_may_write(path: Path) -> str | None:
     return None
 
 
-def load(folder: Path, step: int) -> Snapshot:
-    """The checkpoint of `step`, verified once more as it is read."""
+@contextmanager
+def opened(folder: Path, step: int, verify: bool = True) -> Iterator[Snapshot]:
+    """The checkpoint of `step`, its files open: tensors are read one at a time, as they are asked for in the block.
+
+    Args:
+        verify: its sums once more. Not needed where `newest_whole` has just found it, or for the second rank of a node.
+
+    Raises:
+        EngineError: it is damaged, or is found to be while it is read.
+    """
     path = folder / f"step-{step:09d}"
-    if problem := damage(path):
+    if verify and (problem := damage(path)):
         raise EngineError("CHECKPOINT-DAMAGED", f"{path}: {problem}", CHECKPOINT)
     try:
-        return Snapshot(tensorfile.load(path / FILES[0]), tensorfile.load(path / FILES[1]), json.loads((path / FILES[2]).read_text(encoding="utf-8")))
+        with tensorfile.Reader(path / FILES[0]) as model, tensorfile.Reader(path / FILES[1]) as optimizer:
+            yield Snapshot(model, optimizer, json.loads((path / FILES[2]).read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError) as error:  # its sums are right, so whoever wrote it wrote it so, or it is being changed
+        if isinstance(error, OSError) and error.filename and not str(error.filename).startswith(str(path)):
+            raise  # of another file that the block reads
         raise EngineError("CHECKPOINT-DAMAGED", f"{path}: cannot be read: {error}; restore it, or choose another run.name", CHECKPOINT) from error
 
 

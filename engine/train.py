@@ -81,12 +81,12 @@ def main(argv: list[str]) -> int:
         distributed.check_same({**identity, **rundir.program(), "data.validation": held_out and held_out.digest}, world)
         start, best, counted, seen = distributed.from_first(newest or 0, world), {"step": None, "loss": math.inf}, ledger.Counts(), {}
         if start:
-            saved = checkpoint.load(run / "checkpoints", start)
-            changed = checkpoint.compare_identity(run / "checkpoints", saved.state, identity, cfg.resume.allow, rows, world.is_first)
-            weights.load_trained(trained, saved.model)
-            optim.load_state(optimizer, trained, saved.optimizer)
-            scale.load(scale.state() if "train.precision" in changed else saved.state["scale"])
-            best, counted, seen = saved.state["best"], ledger.go_on(plan, start, saved.state, changed), saved.state["losses"]
+            with checkpoint.opened(run / "checkpoints", start, verify=world.local_rank == 0 < world.rank) as saved:  # rank 0 has done it
+                changed = checkpoint.compare_identity(run / "checkpoints", saved.state, identity, cfg.resume.allow, rows, world.is_first)
+                weights.load_trained(trained, saved.model)
+                optim.load_state(optimizer, trained, saved.optimizer)
+                scale.load(scale.state() if "train.precision" in changed else saved.state["scale"])
+                best, counted, seen = saved.state["best"], ledger.go_on(plan, start, saved.state, changed), saved.state["losses"]
 
         # ---- What will happen, in words and as an equation ----------------------------------------------------------
         flops, (peak, peak_source) = metrics.Flops(model), metrics.peak_flops(device)

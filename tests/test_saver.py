@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Ranks
+from conftest import Ranks, loaded
 from test_resume import FULL, LORA, result, steps_done
 from torch import nn
 
@@ -233,8 +233,8 @@ def test_copies_lie_in_the_same_memory_each_time(tmp_path):
     places = {name: buffer.data_ptr() for name, buffer in loop.saver.buffers.items()}
     loop.save(2, leaving=True)
     assert sorted(places) == ["w", "w.exp_avg", "w.exp_avg_sq", "w.step"] and {n: b.data_ptr() for n, b in loop.saver.buffers.items()} == places
-    loaded = checkpoint.load(tmp_path, 2)
-    assert torch.equal(loaded.model["w"], loop.weight.detach()) and loaded.optimizer["w.step"] == 2
+    found = loaded(tmp_path, 2)
+    assert torch.equal(found.model["w"], loop.weight.detach()) and found.optimizer["w.step"] == 2
 
 
 def test_the_writer_has_no_pool_of_threads_beside_the_loops(ranks, tmp_path):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, held, write_rows
+from conftest import ROOT, held, loaded, write_rows
 from safetensors.torch import save
 
 from engine import adapter, checkpoint, config, rundir, tensorfile, train
@@ -105,7 +105,7 @@ def test_hostile_weights_are_refused_wherever_they_lie(places, what):
     reseal(path)
     held(lambda: refused_as(USER, lambda: weights.build(model.parent, "pretrained", 0, torch.float32, torch.float32, torch.device("cpu"))), 1.0, 200)
     held(lambda: refused_as(USER, lambda: adapter.digest(places["adapter"])), 1.0, 200)
-    held(lambda: refused_as(CHECKPOINT, lambda: checkpoint.load(path.parent, 1)), 1.0, 200)
+    held(lambda: refused_as(CHECKPOINT, lambda: loaded(path.parent, 1)), 1.0, 200)
 
 
 def reseal(path: Path) -> None:

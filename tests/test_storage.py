@@ -20,7 +20,7 @@ from pathlib import Path
 import disks
 import pytest
 import torch
-from conftest import ROOT, Ranks
+from conftest import ROOT, Ranks, loaded
 from test_resume import FULL, LONG, stop_after
 from test_torn import contents, snapshot
 
@@ -319,7 +319,7 @@ def test_a_link_in_a_checkpoint_is_refused(tmp_path, name):
         checkpoint.newest_whole(tmp_path)
     assert caught.value.exit_code == SECURITY
     with pytest.raises(EngineError, match="symbolic link"):
-        checkpoint.load(tmp_path, 30)
+        loaded(tmp_path, 30)
 
 
 def test_what_is_no_file_is_damage_and_is_not_opened(tmp_path, capsys):
@@ -337,7 +337,7 @@ def test_an_unknown_file_is_ignored_with_a_warning(tmp_path, capsys):
     assert checkpoint.newest_whole(tmp_path) == 30
     warning, = capsys.readouterr().err.splitlines()
     assert warning.startswith("WARNING") and "notes.txt" in warning
-    assert sorted(checkpoint.load(tmp_path, 30).model) == ["w"]
+    assert sorted(loaded(tmp_path, 30).model) == ["w"]
 
 
 NEARLY = ["step-000000040-old", "xstep-000000040", "step-000000040 (copy)", "step-40", "step-0000000040", "STEP-000000040", "step-000000040\n",

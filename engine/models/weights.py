@@ -183,19 +183,18 @@ def untied(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 
 
-def load_trained(trained: dict[str, nn.Parameter], saved: dict[str, Tensor]) -> None:
-    """Copies a checkpoint's weights into the parameters of the same names.
+def load_trained(trained: dict[str, nn.Parameter], saved: tensorfile.Reader) -> None:
+    """Reads a checkpoint's weights into the parameters of the same names.
 
     Raises:
         EngineError: names or shapes differ; nothing was copied.
     """
-    own, theirs = ({name: f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}" for name, tensor in one.items()} for one in (trained, saved))
+    own, theirs = ({name: f"{list(one.shape)} {str(one.dtype).removeprefix('torch.')}" for name, one in some.items()} for some in (trained, saved.entries))
     if wrong := [name for name in sorted(own.keys() | theirs.keys()) if own.get(name) != theirs.get(name)]:
         told = "; ".join(f"{name}: expected {own.get(name, 'nothing')}, found {theirs.get(name, 'nothing')}" for name in wrong[:5])
         raise EngineError("CHECKPOINT-WEIGHTS", f"the checkpoint's trained weights are not the model's: {told}", CHECKPOINT)
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(saved[name])
+    for name, parameter in trained.items():
+        saved.fill(name, parameter.detach())
 
 
 def identity(model: nn.Module, folder: Path, init: str) -> str:
