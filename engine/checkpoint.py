@@ -37,14 +37,14 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Snapshot:
-    """`model`: the trained weights by name. `optimizer`: its moments. `state`: step, scale, identity and the like, as JSON."""
+    """`model`: the trained weights by name, with what adapters started from. `optimizer`: its moments. `state`: step, scale, identity, as JSON."""
 
     model: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     state: dict[str, Any]
 
 
-def prepare(folder: Path, start: int, trained: dict[str, Tensor], cfg: Recipe, num_steps: int, steps_per_epoch: int) -> None:
+def prepare(folder: Path, start: int, kept: dict[str, Tensor], cfg: Recipe, num_steps: int, steps_per_epoch: int) -> None:
     """Before the first step, by the run that holds the lock: removes what a writer that was killed left, sets aside what `newest_whole`
     passed over for damage, so that it neither counts as a checkpoint nor is lost, and sees that the disk has room.
 
@@ -58,7 +58,7 @@ def prepare(folder: Path, start: int, trained: dict[str, Tensor], cfg: Recipe, n
         remove(aside)
         os.rename(damaged, aside)
     count = space.copies(cfg.checkpoint, bool(cfg.data.validation), len(steps_in(folder)), start, num_steps, steps_per_epoch)
-    space.check(folder, count, space.of_checkpoint(trained.values()))
+    space.check(folder, count, space.of_checkpoint(kept.values()))
 
 
 def save(folder: Path, step: int, snapshot: Snapshot, keep: int, best: int | None) -> Path:
@@ -82,7 +82,7 @@ def save(folder: Path, step: int, snapshot: Snapshot, keep: int, best: int | Non
     except OSError as error:
         with suppress(OSError):
             remove(building)
-        needed = space.of_checkpoint(snapshot.model.values())
+        needed = sum(tensor.nbytes for tensor in (*snapshot.model.values(), *snapshot.optimizer.values())) + space.BESIDE_TENSORS
         raise EngineError("ENVIRONMENT-CHECKPOINT", f"{target}: cannot be written: {error}; it takes about {needed:,} bytes, {space.told(folder)}; "
                           "older checkpoints are untouched", ENVIRONMENT) from error
     if problem := damage(target):

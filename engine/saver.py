@@ -57,7 +57,7 @@ class Saver:
         interval = max(self.cfg.every_s, self.held / SHARE)
         return bool(self.speaks and self.cfg.every_s and not self.thread and time.monotonic() - self.began >= interval)
 
-    def take(self, step: int, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: dict[str, Any], world: World) -> float:
+    def take(self, step: int, kept: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: dict[str, Any], world: World) -> float:
         """Copies weights, moments and `state` after `step` steps, by all ranks together. Seconds that this held the loop up, among
         them the wait for a save in flight.
 
@@ -65,11 +65,11 @@ class Saver:
             EngineError: replicas differ, and nothing is saved; or the last save failed, then also OSError.
         """
         began = time.monotonic()
-        distributed.check_replicas(trained, world)
-        moments = optim.state(optimizer, trained, world)  # sharded ones cross to rank 0, so every rank takes part
+        distributed.check_replicas(kept, world)
+        moments = optim.state(optimizer, kept, world)  # sharded ones cross to rank 0, so every rank takes part
         if self.speaks:
             self.wait()
-            self.taken = step, checkpoint.Snapshot(self._copied(trained), self._copied(moments), copy.deepcopy(state))
+            self.taken = step, checkpoint.Snapshot(self._copied(kept), self._copied(moments), copy.deepcopy(state))
         self.began, self.held = began, time.monotonic() - began
         return self.held
 

@@ -12,9 +12,9 @@ from engine.errors import ENVIRONMENT, EngineError
 BESIDE_TENSORS = 64 * 1024  # bytes: headers, state.json, manifest.json
 
 
-def of_checkpoint(trained: Iterable[Tensor]) -> int:
-    """Bytes that a checkpoint will take: the trained weights and two moments of their type."""
-    return 3 * sum(tensor.nbytes for tensor in trained) + BESIDE_TENSORS
+def of_checkpoint(kept: Iterable[Tensor]) -> int:
+    """Bytes that a checkpoint will take: the weights it keeps, and of those that are trained two moments of their type."""
+    return sum(tensor.nbytes * (3 if tensor.requires_grad else 1) for tensor in kept) + BESIDE_TENSORS
 
 
 def copies(cfg: Checkpoint, judges: bool, existing: int, start: int, num_steps: int, steps_per_epoch: int) -> int:

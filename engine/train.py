@@ -68,7 +68,8 @@ def main(argv: list[str]) -> int:
         if cfg.model.add_tokens:
             weights.add_rows(model, tokenizer.size - len(cfg.model.add_tokens), tokenizer.size)
         adapter.attach(model, cfg.lora, keys, cfg.train.seed)
-        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        kept = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad or ".lora_" in name}  # PiSSA's start with it
+        trained = {name: parameter for name, parameter in kept.items() if parameter.requires_grad}
 
         # ---- Optimizer and loss scale -------------------------------------------------------------------------------
         optimizer, why_optimizer = optim.build(trained, cfg.optim, cfg.train.seed, world)
@@ -83,7 +84,7 @@ def main(argv: list[str]) -> int:
         if start:
             with checkpoint.opened(run / "checkpoints", start, verify=world.local_rank == 0 < world.rank) as saved:  # rank 0 has done it
                 changed = checkpoint.compare_identity(run / "checkpoints", saved.state, identity, cfg.resume.allow, rows, world.is_first)
-                weights.load_trained(trained, saved.model)
+                weights.load_kept(kept, saved.model)
                 optim.load_state(optimizer, trained, saved.optimizer)
                 scale.load(scale.state() if "train.precision" in changed else saved.state["scale"])
                 best, counted, seen = saved.state["best"], ledger.go_on(plan, start, saved.state, changed), saved.state["losses"]
@@ -94,7 +95,7 @@ def main(argv: list[str]) -> int:
                                             "peak": peak_source})
         log = metrics.Log(run, start, num_steps, cfg.log.every_steps, cfg.log.tensorboard, speaks=world.is_first)
         if world.is_first:
-            checkpoint.prepare(run / "checkpoints", start, trained, cfg, num_steps, plan.steps_per_epoch)
+            checkpoint.prepare(run / "checkpoints", start, kept, cfg, num_steps, plan.steps_per_epoch)
             rundir.describe(run, cfg, {"base": {"name": cfg.model.path, "commit": base.commit}, **facts, **identity}, start)
             ledger.write(run, rows, held_out, plan, start, counted)
         log.say(report.equation(run, cfg, base, plan, rows, num_steps, start, world.size, facts))
@@ -163,7 +164,7 @@ def main(argv: list[str]) -> int:
                     best = {"step": done, "loss": judged.loss}
                 state = {"identity": identity, "scale": scale.state(), "best": best, "trained": counted,
                          "skips": plan.skips, "files": changes.table(rows), "losses": boxes.state()}
-                scalars["time/checkpoint"] = saver.take(done, trained, optimizer, state, world)
+                scalars["time/checkpoint"] = saver.take(done, kept, optimizer, state, world)
             log.step(done, scalars)
             saver.write(leaving, log.settle, partial(ledger.write, run, rows, held_out, plan, done, counted))  # in the background
             if asked and done < num_steps:

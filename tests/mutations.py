@@ -218,7 +218,7 @@ BUGS = [
         "if others := []:",
         "tests/test_dataset.py::test_ranks_that_read_different_rows_do_not_train_together"),
     Bug("replicas that differ are saved", "engine/saver.py",
-        "        distributed.check_replicas(trained, world)\n",
+        "        distributed.check_replicas(kept, world)\n",
         "",
         "tests/test_blackbox.py::test_a_bit_that_flips_on_one_rank_is_caught_at_the_next_checkpoint_and_costs_its_steps_alone"),
     Bug("a save writes what the loop goes on changing", "engine/saver.py",

@@ -139,14 +139,14 @@ def test_a_resume_reads_the_sums_once_a_node(recipe, ranks, tmp_path, nodes):
     def watched() -> int:
         rank = int(os.environ["RANK"])
         os.environ["LOCAL_RANK"] = str(rank if nodes == 1 else 0)
-        sums, load = checkpoint._sha256, weights.load_trained
+        sums, load = checkpoint._sha256, weights.load_kept
 
         def noted(path):
             with read.open("a") as file:
                 file.write(f"{rank} {path.name}\n")
             return sums(path) if path.name != flipped or not rank else "of other bytes"
 
-        weights.load_trained = lambda *some: (setattr(checkpoint, "_sha256", sums), load(*some))
+        weights.load_kept = lambda *some: (setattr(checkpoint, "_sha256", sums), load(*some))
         checkpoint._sha256 = noted
         return train.main(arguments)
 

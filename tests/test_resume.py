@@ -7,9 +7,11 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import Ranks
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -108,6 +110,35 @@ def test_every_variant_of_lora_resumes_to_the_bit(recipe, ranks, trained, tmp_pa
         assert (tmp_path / "runs/whole/export" / name).read_bytes() == (tmp_path / "runs/cut/export" / name).read_bytes(), name
         agreement = json.loads((tmp_path / "runs/cut/export" / name.split("/")[0] / "engine.json").read_text())["agreement_with_training"]
         assert agreement["kl"] < 1e-5
+
+
+def turned(svd):
+    """Another library's singular vectors: as good as the first's, and of the other sign."""
+    def other(*arguments, **options):
+        left, values, right = svd(*arguments, **options)
+        return -left, values, -right
+
+    return other
+
+
+def test_pissas_start_is_state_and_is_found_once(recipe, ranks, trained, tmp_path):
+    """Bits and signs of singular vectors depend on threads and libraries: rank 0's of the first launch are everybody's, whatever others find later."""
+    options = ("lora.rank=4", "lora.dropout=0.2", "lora.init=pissa", "lora.dora=true", *LONG)
+
+    def other(on: tuple[int, ...], what: Callable[[], int]) -> Callable[[], int]:
+        def run() -> int:
+            if int(os.environ["RANK"]) in on:
+                torch.linalg.svd = turned(torch.linalg.svd)
+            return what()
+
+        return run
+
+    trained(2, recipe(*options, name="whole"))
+    started = ranks(2, other((1,), lambda: stop_after(4, recipe(*options, name="cut"))))
+    assert set(started.wait()) == {PREEMPTED}, started.log.read_text()
+    started = ranks(2, other((0, 1), lambda: train.main(recipe(*options, name="cut"))))
+    assert started.wait() == [0, 0], started.log.read_text()
+    assert result(tmp_path / "runs/cut") == result(tmp_path / "runs/whole")
 
 
 def test_asked_to_stop_saves_and_goes_on(recipe, ranks, trained, tmp_path):

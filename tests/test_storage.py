@@ -190,8 +190,8 @@ def test_the_launcher_returns_code_4_of_two_ranks_with_one_line(recipe, tmp_path
     disks.child(run)
 
 
-@pytest.mark.parametrize("options", [FULL, ("lora.rank=4",), ("optim.name=adamw_bf16", "model.dtype=bf16", "train.precision=bf16")],
-                         ids=["full", "lora", "bf16"])
+@pytest.mark.parametrize("options", [FULL, ("lora.rank=4",), ("lora.rank=4", "lora.init=pissa"), ("optim.name=adamw_bf16", "model.dtype=bf16",
+                         "train.precision=bf16")], ids=["full", "lora", "pissa", "bf16"])
 def test_the_room_asked_for_is_what_a_checkpoint_takes(recipe, trained, tmp_path, monkeypatch, options):
     asked = tmp_path / "asked"
     monkeypatch.setattr(space, "check", lambda folder, count, each: asked.write_text(f"{count} {each}"))
