@@ -94,6 +94,11 @@ def save(folder: Path, step: int, snapshot: Snapshot, keep: int, best: int | Non
     return target
 
 
+def best_of(best: dict[str, Any], loss: float | None, step: int) -> dict[str, Any]:
+    """Step and loss of the checkpoint that did best on held-out rows: the one until now, or that of `step`, whose `loss` is None if unknown."""
+    return {"step": step, "loss": loss} if step and loss is not None and loss < float(best["loss"]) else best
+
+
 def steps_in(folder: Path) -> list[int]:
     """Of all that have a checkpoint's name, whole or not."""
     if not folder.is_dir():

@@ -12,12 +12,12 @@ from engine.errors import ENVIRONMENT, EngineError
 class Record:
     """
     Args:
-        done: steps already done; lines of later ones, from a launch that was cut off, go.
+        last: the last step whose line stays; those of later ones, from a launch that was cut off, go. -1: a new run.
     """
 
-    def __init__(self, path: Path, done: int) -> None:
+    def __init__(self, path: Path, last: int) -> None:
         self.path = path
-        _keep_steps(path, done)
+        _keep_steps(path, last)
         self.file = path.open("ab", buffering=0)
 
     def add(self, line: dict[str, Any]) -> None:
@@ -58,15 +58,14 @@ class Record:
                            "the same command goes on from the newest", ENVIRONMENT)
 
 
-def _keep_steps(path: Path, done: int) -> None:
+def _keep_steps(path: Path, last: int) -> None:
     """Drops the lines that a run wrote after the checkpoint it now goes on from, and whatever is no line: one cut in the middle, zeros."""
     if not path.exists():
         return
     kept = []
     for line in path.read_bytes().split(b"\n")[:-1]:
         try:
-            step = json.loads(line)["step"]
-            if 0 < step <= done or (done and step == 0):
+            if 0 <= json.loads(line)["step"] <= last:
                 kept.append(line + b"\n")
         except (ValueError, TypeError, LookupError):
             continue

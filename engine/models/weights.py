@@ -79,6 +79,8 @@ def add_rows(model: nn.Module, first: int, last: int) -> None:
 
     Rows that a model has beyond its tokenizer's ids are used before new ones are made.
     """
+    if first == last:
+        return
     embedding, head = model.model.embed_tokens, model.lm_head
     tied = head.weight is embedding.weight
     for layer in (embedding,) if tied else (embedding, head):
