@@ -5,6 +5,7 @@ begun. What goes wrong in the thread is raised in the loop, in the step after at
 """
 
 import copy
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,16 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine import checkpoint, distributed, optim, watchdog
+from engine import checkpoint, distributed, errors, optim, watchdog
 from engine.config import Checkpoint
 from engine.distributed import World
+from engine.errors import ENVIRONMENT, EngineError
 
 SHARE = 0.01  # of the time at most, that saves by the clock hold the loop up: what takes 3 s to copy is saved every 5 min, not every minute
-PATIENCE_S = 2.0  # that a run which failed gives the save in flight; peers of a lost rank are to be gone soon
+PATIENCE_S = 300.0  # that a run which failed gives the save in flight, when its peers know and have left
+DISK_S = 2.0  # where the failure was a disk's
 
 
 class Saver:
-    """Saves under `folder` as `cfg` says. A context inside the run's lock: no write outlives it, unless the run fails and the disk hangs.
+    """Saves under `folder` as `cfg` says. A context inside the run's lock, and around what tells and records a failure: no write outlives
+    it, unless the run fails and the disk hangs.
 
     All ranks take the same steps through it; rank 0 alone (`speaks`) holds a copy and writes.
     """
@@ -38,12 +42,25 @@ class Saver:
         self.began, self.held = time.monotonic(), 0.0
 
     def __enter__(self) -> "Saver":
+        errors.finishing.append(self.finish)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
-        if kind is None:
+        errors.finishing.remove(self.finish)
+        if error is None:
             self.wait()
-        elif self.thread:
+        else:
+            self.finish(error)
+
+    def finish(self, error: BaseException) -> None:
+        """Waits for the save in flight, for a while: `error` ends the run, and what was taken before it is as good as ever."""
+        if not self.thread:
+            return
+        self.thread.join(DISK_S)
+        of_disk = isinstance(error, EngineError) and error.exit_code == ENVIRONMENT and error.name != "ENVIRONMENT-MEMORY"
+        if self.thread.is_alive() and not of_disk:
+            print(f"the run has failed; finishing the checkpoint in flight, for {PATIENCE_S:g} s at most; a second signal leaves at once", file=sys.stderr,
+                  flush=True)
             self.thread.join(PATIENCE_S)
 
     def is_due(self) -> bool:

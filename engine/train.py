@@ -35,8 +35,8 @@ def main(argv: list[str]) -> int:
 
     # ---- Run directory: a finished one is left alone, an unfinished one goes on from its newest whole checkpoint ----
     run, rank = rundir.choose(cfg), errors.rank_in_launch()
-    with (stop, rundir.locked(run, rank), errors.recorded(run / "last_error.json", rank), distributed.losses_told(),
-          Saver(run / "checkpoints", cfg.checkpoint, rank == 0) as saver):
+    with (stop, rundir.locked(run, rank), Saver(run / "checkpoints", cfg.checkpoint, rank == 0) as saver,
+          errors.recorded(run / "last_error.json", rank), distributed.losses_told()):
         newest = checkpoint.newest_whole(run / "checkpoints") if rank == 0 else None
 
         # ---- Data: tokenised, packed and checked before ranks wait for each other -----------------------------------
