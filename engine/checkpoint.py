@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine import config, space, tensorfile
 from engine.config import Recipe
@@ -33,6 +33,7 @@ NAME = re.compile(r"step-([0-9]{9})")
 MANIFEST = "manifest.json"
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 FORMAT = 1
+BOXES = "blackbox"  # the folder beside that of checkpoints where one more may be held
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Snapshot:
     state: dict[str, Any]
 
 
-def prepare(folder: Path, start: int, kept: dict[str, Tensor], cfg: Recipe, num_steps: int, steps_per_epoch: int) -> None:
+def prepare(folder: Path, start: int, model: nn.Module, kept: dict[str, Tensor], cfg: Recipe, num_steps: int, steps_per_epoch: int) -> None:
     """Before the first step, by the run that holds the lock: removes what a writer that was killed left, sets aside what `newest_whole`
     passed over for damage, so that it neither counts as a checkpoint nor is lost, and sees that the disk has room.
 
@@ -57,8 +58,10 @@ def prepare(folder: Path, start: int, kept: dict[str, Tensor], cfg: Recipe, num_
         aside = damaged.with_name(f"{damaged.name}.corrupt")
         remove(aside)
         os.rename(damaged, aside)
-    count = space.copies(cfg.checkpoint, bool(cfg.data.validation), len(steps_in(folder)), start, num_steps, steps_per_epoch)
-    space.check(folder, count, space.of_checkpoint(kept.values()))
+    there = {*steps_in(folder), *(step for held in folder.parent.glob(f"{BOXES}/*/checkpoint") for step in steps_in(held))}
+    beside = bool(cfg.data.validation) + (cfg.log.spike_z > 0)  # the best, and that of a black box
+    count = space.copies(cfg.checkpoint, beside, len(there), start, num_steps, steps_per_epoch)
+    space.check(folder, count, space.of_checkpoint(kept.values()), space.of_export(model, cfg.export))
 
 
 def save(folder: Path, step: int, snapshot: Snapshot, keep: int, best: int | None) -> Path:

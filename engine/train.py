@@ -95,7 +95,7 @@ def main(argv: list[str]) -> int:
                                             "peak": peak_source})
         log = metrics.Log(run, start, num_steps, cfg.log.every_steps, cfg.log.tensorboard, world.is_first, again=bool(owed))
         if world.is_first:
-            checkpoint.prepare(run / "checkpoints", start, kept, cfg, num_steps, plan.steps_per_epoch)
+            checkpoint.prepare(run / "checkpoints", start, model, kept, cfg, num_steps, plan.steps_per_epoch)
             rundir.describe(run, cfg, {"base": {"name": cfg.model.path, "commit": base.commit}, **facts, **identity}, start)
             ledger.write(run, rows, held_out, plan, start, counted)
         log.say(report.equation(run, cfg, base, plan, rows, num_steps, start, world.size, facts))
