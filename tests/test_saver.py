@@ -285,6 +285,23 @@ def test_copies_lie_in_the_same_memory_each_time(tmp_path):
     assert torch.equal(found.model["w"], loop.weight.detach()) and found.optimizer["w.step"] == 2
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_copies_from_a_gpu_lie_in_pinned_memory_and_are_there_when_the_loop_goes_on(tmp_path):
+    loop, world = Loop(tmp_path), World(0, 1, 0, torch.device("cuda", 0))
+    loop.weight = nn.Parameter(torch.ones(1 << 26, device=world.device))
+    loop.optimizer = torch.optim.AdamW([loop.weight], fused=True)
+    loop.weight.grad = torch.ones_like(loop.weight)
+    loop.optimizer.step()
+    expected = loop.weight.detach().clone()
+    loop.saver.take(1, {"w": loop.weight}, loop.optimizer, {"best": {"step": None}}, world)
+    assert all(buffer.is_pinned() for buffer in loop.saver.buffers.values())
+    with torch.no_grad():
+        loop.weight.zero_()
+    loop.saver.write(True)
+    assert torch.equal(loaded(tmp_path, 1).model["w"], expected.cpu())
+
+
 def test_the_writer_has_no_pool_of_threads_beside_the_loops(ranks, tmp_path):
     def run() -> None:
         torch.set_num_threads(3)
