@@ -3,7 +3,8 @@
     runs/NAME/blackbox/step-000000010/   blackbox.json  recipe.yaml  run.json  checkpoint/step-000000008/
 
 A loss or gradient that is not finite, where no lower loss scale can help, leaves one and ends the run. A loss far above the
-last ones leaves one and the run goes on. `python -m engine.replay` makes it again, to the bit, from the checkpoint in it.
+last ones leaves one and the run goes on. `python -m engine.replay` makes it again, to the bit, from the checkpoint in it, which the
+newest black box alone holds: each would keep the room of a checkpoint for good.
 """
 
 import dataclasses
@@ -33,6 +34,7 @@ from engine.distributed import World
 from engine.errors import NUMERIC, EngineError
 from engine.precision import LossScale
 from engine.publish import published
+from engine.record import plain
 from engine.saver import Saver
 
 LEAST = 20  # losses before one is judged
@@ -152,12 +154,12 @@ class Recorder:
 
     def _write(self, found: dict[str, Any]) -> str:
         """Publishes the black box, on rank 0, while the others wait; says where it is. A disk that refuses it costs a sentence, and no more."""
-        target, problem = self.run / "blackbox" / f"step-{found['step']:09d}", ""
+        target, problem = self.run / checkpoint.BOXES / f"step-{found['step']:09d}", ""
         if self.world.is_first:
             try:
                 self.saver.wait()  # the last one taken is the nearest to go from, and none is removed while it is linked
                 newest = checkpoint.newest(self.run / "checkpoints")
-                text = json.dumps(_plain({**found, "checkpoint": newest, "began": self.began}), indent=1, ensure_ascii=False, allow_nan=False)
+                text = json.dumps(plain({**found, "checkpoint": newest, "began": self.began}), indent=1, ensure_ascii=False, allow_nan=False)
                 with published(target) as building:
                     building.mkdir()
                     (building / "blackbox.json").write_text(text + "\n", encoding="utf-8")
@@ -166,6 +168,8 @@ class Recorder:
                     if newest is not None:
                         name = f"step-{newest:09d}"
                         shutil.copytree(self.run / "checkpoints" / name, building / "checkpoint" / name, copy_function=link)
+                for older in {*target.parent.glob("*/checkpoint")} - {target / "checkpoint"}:
+                    shutil.rmtree(older)
             except (EngineError, OSError) as error:
                 problem = f"There is no black box: {error}"
         if distributed.from_first(bool(problem), self.world):
@@ -215,12 +219,3 @@ def link(source: str, target: str) -> None:
 def _some(names: list[str]) -> str:
     names = list(dict.fromkeys(names))
     return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED:,} more" if len(names) > NAMED else "")
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no name for a number that is not finite: as text."""
-    if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_plain(one) for one in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -13,13 +13,13 @@ import re
 import shutil
 import stat
 import sys
-from collections.abc import Collection
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine import config, space, tensorfile
 from engine.config import Recipe
@@ -27,23 +27,25 @@ from engine.data import changes, ledger
 from engine.data.dataset import Dataset
 from engine.errors import CHECKPOINT, ENVIRONMENT, SECURITY, EngineError
 from engine.publish import fsync, remove
+from engine.record import plain
 
 NAME = re.compile(r"step-([0-9]{9})")
 MANIFEST = "manifest.json"
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 FORMAT = 1
+BOXES = "blackbox"  # the folder beside that of checkpoints where one more may be held
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """`model`: the trained weights by name. `optimizer`: its moments. `state`: step, scale, identity and the like, as JSON."""
+    """`model`: the trained weights by name, with what adapters started from. `optimizer`: its moments. `state`: step, scale, identity, as JSON."""
 
-    model: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
+    model: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
     state: dict[str, Any]
 
 
-def prepare(folder: Path, start: int, trained: dict[str, Tensor], cfg: Recipe, num_steps: int, steps_per_epoch: int) -> None:
+def prepare(folder: Path, start: int, model: nn.Module, kept: dict[str, Tensor], cfg: Recipe, num_steps: int, steps_per_epoch: int) -> None:
     """Before the first step, by the run that holds the lock: removes what a writer that was killed left, sets aside what `newest_whole`
     passed over for damage, so that it neither counts as a checkpoint nor is lost, and sees that the disk has room.
 
@@ -56,8 +58,10 @@ def prepare(folder: Path, start: int, trained: dict[str, Tensor], cfg: Recipe, n
         aside = damaged.with_name(f"{damaged.name}.corrupt")
         remove(aside)
         os.rename(damaged, aside)
-    count = space.copies(cfg.checkpoint, bool(cfg.data.validation), len(steps_in(folder)), start, num_steps, steps_per_epoch)
-    space.check(folder, count, space.of_checkpoint(trained.values()))
+    there = {*steps_in(folder), *(step for held in folder.parent.glob(f"{BOXES}/*/checkpoint") for step in steps_in(held))}
+    beside = bool(cfg.data.validation) + (cfg.log.spike_z > 0)  # the best, and that of a black box
+    count = space.copies(cfg.checkpoint, beside, len(there), start, num_steps, steps_per_epoch)
+    space.check(folder, count, space.of_checkpoint(kept.values()), space.of_export(model, cfg.export))
 
 
 def save(folder: Path, step: int, snapshot: Snapshot, keep: int, best: int | None) -> Path:
@@ -69,7 +73,7 @@ def save(folder: Path, step: int, snapshot: Snapshot, keep: int, best: int | Non
         building.mkdir()  # but not its parents: a run directory that was moved away is not made anew
         tensorfile.save(snapshot.model, building / FILES[0])
         tensorfile.save(snapshot.optimizer, building / FILES[1])
-        (building / FILES[2]).write_text(json.dumps({**snapshot.state, "step": step}, indent=2) + "\n", encoding="utf-8")
+        (building / FILES[2]).write_text(json.dumps(plain({**snapshot.state, "step": step}), indent=2, allow_nan=False) + "\n", encoding="utf-8")
         files = {name: {"bytes": (building / name).stat().st_size, "sha256": _sha256(building / name)} for name in FILES}
         (building / MANIFEST).write_text(_sealed({"format": FORMAT, "step": step, "files": files}), encoding="utf-8")
         for path in building.iterdir():
@@ -81,7 +85,7 @@ def save(folder: Path, step: int, snapshot: Snapshot, keep: int, best: int | Non
     except OSError as error:
         with suppress(OSError):
             remove(building)
-        needed = space.of_checkpoint(snapshot.model.values())
+        needed = sum(tensor.nbytes for tensor in (*snapshot.model.values(), *snapshot.optimizer.values())) + space.BESIDE_TENSORS
         raise EngineError("ENVIRONMENT-CHECKPOINT", f"{target}: cannot be written: {error}; it takes about {needed:,} bytes, {space.told(folder)}; "
                           "older checkpoints are untouched", ENVIRONMENT) from error
     if problem := damage(target):
@@ -91,6 +95,11 @@ def save(folder: Path, step: int, snapshot: Snapshot, keep: int, best: int | Non
         if number != best:
             shutil.rmtree(folder / f"step-{number:09d}", ignore_errors=True)
     return target
+
+
+def best_of(best: dict[str, Any], loss: float | None, step: int) -> dict[str, Any]:
+    """Step and loss of the checkpoint that did best on held-out rows: the one until now, or that of `step`, whose `loss` is None if unknown."""
+    return {"step": step, "loss": loss} if step and loss is not None and loss < float(best["loss"]) else best
 
 
 def steps_in(folder: Path) -> list[int]:
@@ -140,14 +149,25 @@ def _others_may_write(path: Path) -> str | None:
     return None
 
 
-def load(folder: Path, step: int) -> Snapshot:
-    """The checkpoint of `step`, verified once more as it is read."""
+@contextmanager
+def opened(folder: Path, step: int, verify: bool = True) -> Iterator[Snapshot]:
+    """The checkpoint of `step`, its files open: tensors are read one at a time, as they are asked for in the block.
+
+    Args:
+        verify: its sums once more. Not needed where `newest_whole` has just found it, or for the second rank of a node.
+
+    Raises:
+        EngineError: it is damaged, or is found to be while it is read.
+    """
     path = folder / f"step-{step:09d}"
-    if problem := damage(path):
+    if verify and (problem := damage(path)):
         raise EngineError("CHECKPOINT-DAMAGED", f"{path}: {problem}", CHECKPOINT)
     try:
-        return Snapshot(tensorfile.load(path / FILES[0]), tensorfile.load(path / FILES[1]), json.loads((path / FILES[2]).read_text(encoding="utf-8")))
+        with tensorfile.Reader(path / FILES[0]) as model, tensorfile.Reader(path / FILES[1]) as optimizer:
+            yield Snapshot(model, optimizer, json.loads((path / FILES[2]).read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError) as error:  # its sums are right, so whoever wrote it wrote it so, or it is being changed
+        if isinstance(error, OSError) and error.filename and not str(error.filename).startswith(str(path)):
+            raise  # of another file that the block reads
         raise EngineError("CHECKPOINT-DAMAGED", f"{path}: cannot be read: {error}; restore it, or choose another run.name", CHECKPOINT) from error
 
 

@@ -91,12 +91,17 @@ def run(main: Callable[[list[str]], int | None], needs_reader: bool = True) -> N
     _leave(code)
 
 
+finishing: list[Callable[[BaseException], None]] = []  # what is under way in other threads and has to come to its end, whatever ends the run
+
+
 def end(error: EngineError, speaks: bool) -> None:
     """Leaves the process as `run` and `recorded` would, from any thread, while the main thread waits for what will not come."""
     if _recording:
         _note(_recording[-1], error.exit_code, str(error))
     if speaks:
         _print(error)
+    for finish in finishing:
+        finish(error)
     _leave(error.exit_code)
 
 

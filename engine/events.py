@@ -11,16 +11,16 @@ from typing import Any
 class Events:
     """
     Args:
-        done: steps already done; points of later ones are hidden.
+        last: the last step whose points stay; those of later ones are hidden. -1: a new run.
     """
 
-    def __init__(self, folder: Path, done: int) -> None:
+    def __init__(self, folder: Path, last: int) -> None:
         self.folder, self.writer, self.told = folder, None, False
         self.plain_hook, threading.excepthook = threading.excepthook, self._not_of_tensorboard
         with self._lost_at_most():
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(folder), purge_step=done + 1 if done else 0, flush_secs=10)
+            self.writer = SummaryWriter(str(folder), purge_step=last + 1, flush_secs=10)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         with self._lost_at_most():

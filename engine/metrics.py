@@ -183,16 +183,18 @@ class Log:
 
     Args:
         done: steps already done; lines and events of later ones, from a launch that was cut off, go.
+        again: the last one's go too, as it is told of once more.
     """
 
-    def __init__(self, folder: Path, done: int, num_steps: int, every_steps: int, tensorboard: bool, speaks: bool) -> None:
+    def __init__(self, folder: Path, done: int, num_steps: int, every_steps: int, tensorboard: bool, speaks: bool, again: bool = False) -> None:
         self.speaks, self.every_steps, self.num_steps = speaks, every_steps, num_steps
-        self.began, self.done = time.perf_counter(), done
+        self.began, self.done = time.perf_counter(), done - again
         if not speaks:
             return
-        self.record = Record(folder / "metrics.jsonl", done)
-        self.events = Events(folder / "tensorboard", done) if tensorboard else None
-        self.bar = tqdm(total=num_steps, initial=done, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        last = self.done if done else -1
+        self.record = Record(folder / "metrics.jsonl", last)
+        self.events = Events(folder / "tensorboard", last) if tensorboard else None
+        self.bar = tqdm(total=num_steps, initial=self.done, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
 
     def say(self, text: str) -> None:
         if self.speaks:
@@ -200,9 +202,10 @@ class Log:
             sys.stdout.flush()
 
     def step(self, step: int, scalars: dict[str, float]) -> None:
-        """One step's line."""
+        """One step's line. Of a checkpoint some numbers come as text, see `record.plain`."""
         if not self.speaks:
             return
+        scalars = {name: float(value) if isinstance(value, str) else value for name, value in scalars.items()}
         self.record.add({"step": step, **scalars})
         if self.events:
             self.events.scalars(step, scalars)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -95,14 +95,18 @@ def state(optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter], wo
     return tensors if own is optimizer else distributed.gather_tensors(tensors, world)
 
 
-def load_state(optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
-    """Gives back what `state` took, to each rank what it holds; a parameter without an entry had not been updated yet."""
+def load_state(optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
+    """Gives back what `state` took, to each rank what it holds: of an open file no more than that is read, one tensor at a time.
+
+    A parameter without an entry had not been updated yet.
+    """
     own = _own(optimizer)
     held = {parameter for group in own.param_groups for parameter in group["params"]}
-    for key, value in tensors.items():
+    for key in tensors:
         name, _, slot = key.rpartition(".")
         parameter = trained[name]
         if parameter in held:  # steps are counted on the CPU, but where the kernel is fused
+            value = tensors[key]
             own.state[parameter][slot] = value if slot == "step" and not own.defaults.get("fused") else value.to(parameter.device)
 
 

@@ -117,8 +117,7 @@ def build(cfg: Recipe, base: hub.Base, world: World) -> Subject:
                 rows.skipped)
     model = weights.build(base.folder, cfg.model.init, cfg.train.seed, precision.DTYPES[cfg.model.dtype], torch.float32, world.device,
                           cfg.train.activation_checkpointing, cfg.model.dropout, keys)
-    if cfg.model.add_tokens:
-        weights.add_rows(model, tokenizer.size - len(cfg.model.add_tokens), tokenizer.size)
+    weights.add_rows(model, tokenizer.size - len(cfg.model.add_tokens), tokenizer.size)
     adapter.attach(model, cfg.lora, keys, cfg.train.seed)
     return Subject(cfg, rows, plan, world, model.train(), keys)
 

@@ -1,5 +1,6 @@
 """A file or folder that is there whole or not at all: made under a temporary name beside its own, renamed at the end."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -8,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 from engine import watchdog
 from engine.errors import ENVIRONMENT, EngineError, rank_in_launch
@@ -17,22 +19,30 @@ from engine.errors import ENVIRONMENT, EngineError, rank_in_launch
 def published(target: Path) -> Iterator[Path]:
     """Yields the name to write under; what is there takes the place of `target` when the block ends well, and goes if not.
 
+    What was there goes last: between two renames of folders, and no longer, it lies beside as .old-NAME and nothing has the name.
+
     Raises:
         EngineError: the disk refuses.
     """
-    building = target.with_name(f".tmp-{target.name}")
+    building, old = target.with_name(f".tmp-{target.name}"), target.with_name(f".old-{target.name}")
     try:
         remove(building)
         building.parent.mkdir(parents=True, exist_ok=True)
         yield building
-        remove(target)
         watchdog.aside(partial(_synced, building))
+        if target.is_dir() or (building.is_dir() and os.path.lexists(target)):  # a file takes a file's place at once
+            remove(old)
+            os.rename(target, old)
         os.rename(building, target)
+        fsync(target.parent)
+        remove(old)
     except OSError as error:
         if error.filename and not str(error.filename).startswith(str(target.parent)):
             raise  # it is not about what is written
         raise _unwritable(target, error) from error
     finally:
+        if os.path.lexists(old) and not os.path.lexists(target):
+            os.rename(old, target)
         remove(building)
 
 
@@ -62,12 +72,28 @@ def locked(target: Path, waiting: str | None = None) -> Iterator[None]:
         raise _unwritable(target, error) from error
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_now(lock)
         except BlockingIOError:
             if waiting and rank_in_launch() == 0:
                 print(waiting, file=sys.stderr, flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def lock_now(lock: IO[str]) -> None:
+    """Takes the lock of an open file, which goes with the file.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        EngineError: the file system has no locks.
+    """
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise EngineError("ENVIRONMENT-LOCKS", f"{lock.name}: its file system gives no locks ({error.strerror}), expected flock, without which two runs "
+                              "would write over each other; mount it with locks, or name a place on another disk", ENVIRONMENT) from error
+        raise
 
 
 def fsync(path: Path) -> None:

@@ -1,6 +1,7 @@
 """metrics.jsonl: one line a step, each on its way to the disk before the step counts as done, so that a kill loses none."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,12 @@ from engine.errors import ENVIRONMENT, EngineError
 class Record:
     """
     Args:
-        done: steps already done; lines of later ones, from a launch that was cut off, go.
+        last: the last step whose line stays; those of later ones, from a launch that was cut off, go. -1: a new run.
     """
 
-    def __init__(self, path: Path, done: int) -> None:
+    def __init__(self, path: Path, last: int) -> None:
         self.path = path
-        _keep_steps(path, done)
+        _keep_steps(path, last)
         self.file = path.open("ab", buffering=0)
 
     def add(self, line: dict[str, Any]) -> None:
@@ -25,7 +26,7 @@ class Record:
             EngineError: the disk refuses, or the file that is written to is no longer the one of that name: the run's folder was moved
                 or deleted, and what is written from here on would be lost or make a second folder.
         """
-        rest = (json.dumps(line) + "\n").encode()
+        rest = (json.dumps(plain(line), allow_nan=False) + "\n").encode()
         try:
             while rest:
                 rest = rest[self.file.write(rest):]
@@ -57,18 +58,26 @@ class Record:
                            "the same command goes on from the newest", ENVIRONMENT)
 
 
-def _keep_steps(path: Path, done: int) -> None:
+def _keep_steps(path: Path, last: int) -> None:
     """Drops the lines that a run wrote after the checkpoint it now goes on from, and whatever is no line: one cut in the middle, zeros."""
     if not path.exists():
         return
     kept = []
     for line in path.read_bytes().split(b"\n")[:-1]:
         try:
-            step = json.loads(line)["step"]
-            if 0 < step <= done or (done and step == 0):
+            if 0 <= json.loads(line)["step"] <= last:
                 kept.append(line + b"\n")
         except (ValueError, TypeError, LookupError):
             continue
     replacement = path.with_suffix(".tmp")
     replacement.write_bytes(b"".join(kept))
     os.replace(replacement, path)
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON can have it, which has no name for a number that is not finite: those as text, "inf", "-inf" or "nan"."""
+    if isinstance(value, dict):
+        return {key: plain(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [plain(one) for one in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -59,6 +59,8 @@ def train(box: Path, recorded: dict[str, Any], folder: Path) -> dict[str, Any]:
     run_again.mkdir()
     shutil.copy2(box / "run.json", run_again)  # the base's commit, and what the run was computed with
     if recorded["checkpoint"]:
+        if not (box / "checkpoint").is_dir():
+            raise EngineError("REPLAY-CHECKPOINT", f"{box}: its checkpoint has gone, as only the newest black box of a run keeps one; replay that", USER)
         shutil.copytree(box / "checkpoint", run_again / "checkpoints", copy_function=blackbox.link)
     blackbox.Recorder.wanted = recorded["step"]
     torch.set_num_threads(1)  # here, where a pool of threads would not outlive a fork

@@ -1,7 +1,6 @@
 """The run directory: which one, what it says of the run, and that one run at a time uses it."""
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -21,7 +20,8 @@ import torch
 from engine import config, restarts
 from engine.config import Recipe
 from engine.errors import ENVIRONMENT, USER, EngineError
-from engine.publish import fsync, published
+from engine.publish import fsync, lock_now, published
+from engine.record import plain
 from engine.terminal import shown
 
 TESTED = {"torch": "2.13", "omegaconf": "2.4", "safetensors": "0.8"}  # by the first numbers of their versions
@@ -57,7 +57,7 @@ def locked(path: Path, rank: int) -> Iterator[None]:
         for folder in (path, path.parent):  # checkpoints outlive a loss of power only if the names above theirs do
             fsync(folder)
         lock = (path / ".lock").open("a+", encoding="utf-8")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_now(lock)
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S %z')}")
         lock.flush()
@@ -127,7 +127,7 @@ def commit_of_base(path: Path, name: str) -> str | None:
 def finish(path: Path, results: dict[str, float]) -> None:
     """Marks the run as finished, with its final figures; it will not be written to again."""
     with published(path / "finished.json") as building:  # half a mark would be one
-        building.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        building.write_text(json.dumps(plain(results), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def hardware() -> dict[str, Any]:

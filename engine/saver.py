@@ -5,6 +5,7 @@ begun. What goes wrong in the thread is raised in the loop, in the step after at
 """
 
 import copy
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,16 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine import checkpoint, distributed, optim, watchdog
+from engine import checkpoint, distributed, errors, optim, watchdog
 from engine.config import Checkpoint
 from engine.distributed import World
+from engine.errors import ENVIRONMENT, EngineError
 
 SHARE = 0.01  # of the time at most, that saves by the clock hold the loop up: what takes 3 s to copy is saved every 5 min, not every minute
-PATIENCE_S = 2.0  # that a run which failed gives the save in flight; peers of a lost rank are to be gone soon
+PATIENCE_S = 300.0  # that a run which failed gives the save in flight, when its peers know and have left
+DISK_S = 2.0  # where the failure was a disk's
 
 
 class Saver:
-    """Saves under `folder` as `cfg` says. A context inside the run's lock: no write outlives it, unless the run fails and the disk hangs.
+    """Saves under `folder` as `cfg` says. A context inside the run's lock, and around what tells and records a failure: no write outlives
+    it, unless the run fails and the disk hangs.
 
     All ranks take the same steps through it; rank 0 alone (`speaks`) holds a copy and writes.
     """
@@ -38,12 +42,25 @@ class Saver:
         self.began, self.held = time.monotonic(), 0.0
 
     def __enter__(self) -> "Saver":
+        errors.finishing.append(self.finish)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
-        if kind is None:
+        errors.finishing.remove(self.finish)
+        if error is None:
             self.wait()
-        elif self.thread:
+        else:
+            self.finish(error)
+
+    def finish(self, error: BaseException) -> None:
+        """Waits for the save in flight, for a while: `error` ends the run, and what was taken before it is as good as ever."""
+        if not self.thread:
+            return
+        self.thread.join(DISK_S)
+        of_disk = isinstance(error, EngineError) and error.exit_code == ENVIRONMENT and error.name != "ENVIRONMENT-MEMORY"
+        if self.thread.is_alive() and not of_disk:
+            print(f"the run has failed; finishing the checkpoint in flight, for {PATIENCE_S:g} s at most; a second signal leaves at once", file=sys.stderr,
+                  flush=True)
             self.thread.join(PATIENCE_S)
 
     def is_due(self) -> bool:
@@ -57,7 +74,7 @@ class Saver:
         interval = max(self.cfg.every_s, self.held / SHARE)
         return bool(self.speaks and self.cfg.every_s and not self.thread and time.monotonic() - self.began >= interval)
 
-    def take(self, step: int, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: dict[str, Any], world: World) -> float:
+    def take(self, step: int, kept: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: dict[str, Any], world: World) -> float:
         """Copies weights, moments and `state` after `step` steps, by all ranks together. Seconds that this held the loop up, among
         them the wait for a save in flight.
 
@@ -65,11 +82,13 @@ class Saver:
             EngineError: replicas differ, and nothing is saved; or the last save failed, then also OSError.
         """
         began = time.monotonic()
-        distributed.check_replicas(trained, world)
-        moments = optim.state(optimizer, trained, world)  # sharded ones cross to rank 0, so every rank takes part
+        distributed.check_replicas(kept, world)
+        moments = optim.state(optimizer, kept, world)  # sharded ones cross to rank 0, so every rank takes part
         if self.speaks:
             self.wait()
-            self.taken = step, checkpoint.Snapshot(self._copied(trained), self._copied(moments), copy.deepcopy(state))
+            self.taken = step, checkpoint.Snapshot(self._copied(kept), self._copied(moments), copy.deepcopy(state))
+            if world.device.type == "cuda":
+                torch.cuda.synchronize(world.device)
         self.began, self.held = began, time.monotonic() - began
         return self.held
 
@@ -96,11 +115,14 @@ class Saver:
             raise self.error
 
     def _copied(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copies in memory that is the same from save to save: the system gives new pages at a fraction of a copy's speed."""
+        """Copies in memory that is the same from save to save: the system gives new pages at a fraction of a copy's speed.
+
+        From a GPU they are under way when this returns, into pinned memory, which alone takes them at the bus's speed.
+        """
         for name, tensor in tensors.items():
             if name not in self.buffers:
-                self.buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
-            self.buffers[name].copy_(tensor.detach())
+                self.buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self.buffers[name].copy_(tensor.detach(), non_blocking=True)
         return {name: self.buffers[name] for name in tensors}
 
     def _write(self, first: tuple[Callable[[], None], ...], step: int, snapshot: checkpoint.Snapshot) -> None:

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import stat
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,8 +35,8 @@ class Entry(NamedTuple):
     shape: list[int]
 
 
-class Reader:
-    """An open file; `entries` by name, in the order of their bytes.
+class Reader(Mapping):
+    """An open file: its tensors by name, each read when it is asked for. `entries` has what the header says, in the order of the bytes.
 
     Raises:
         ValueError: it is no sound safetensors file, or was cut since it was opened; the text says how.
@@ -56,20 +57,33 @@ class Reader:
     def __exit__(self, *_: object) -> None:
         self.file.close()
 
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
     def tensor(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
         """A tensor of its own in `dtype` (None: the file's) on `device`."""
         entry = self.entries[name]
         found = torch.empty(entry.shape, dtype=dtype or entry.dtype, device=device)
-        flat = found.view(-1)
-        if found.dtype == entry.dtype and found.device.type == "cpu":
+        self.fill(name, found)
+        return found
+
+    def fill(self, name: str, tensor: Tensor) -> None:
+        """Reads into a tensor of the same shape, whatever its type and device; a piece at a time is all that lies in memory beside it."""
+        entry, flat = self.entries[name], tensor.view(-1)
+        if tensor.dtype == entry.dtype and tensor.device.type == "cpu":
             self._read(memoryview(flat.view(torch.uint8).numpy()), self.data + entry.begin)
-            return found
+            return
         buffer, each = bytearray(PIECE), PIECE // entry.dtype.itemsize
         for at, place in zip(range(0, len(flat), each), range(entry.begin, entry.end, PIECE), strict=True):
             piece = flat[at : at + each]
             self._read(memoryview(buffer)[: len(piece) * entry.dtype.itemsize], self.data + place)
             piece.copy_(torch.frombuffer(buffer, dtype=entry.dtype, count=len(piece)))
-        return found
 
     def _read(self, into: memoryview, place: int) -> None:
         while len(into):
@@ -134,6 +148,8 @@ def _entry(name: str, value: Any) -> Entry:
     size = math.prod(shape) * TYPES[dtype].itemsize
     if place[1] - place[0] != size:
         raise ValueError(f"{name}: a {dtype} of shape {shape} takes {size:,} bytes, it has {place[1] - place[0]:,}")
+    if math.prod(max(1, number) for number in shape) * TYPES[dtype].itemsize >= 1 << 63:  # torch's strides count past sizes of 0
+        raise ValueError(f"{name}: its shape is {shape}, of which torch makes no tensor")
     return Entry(*place, name, TYPES[dtype], shape)
 
 

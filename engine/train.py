@@ -35,8 +35,8 @@ def main(argv: list[str]) -> int:
 
     # ---- Run directory: a finished one is left alone, an unfinished one goes on from its newest whole checkpoint ----
     run, rank = rundir.choose(cfg), errors.rank_in_launch()
-    with (stop, rundir.locked(run, rank), errors.recorded(run / "last_error.json", rank), distributed.losses_told(),
-          Saver(run / "checkpoints", cfg.checkpoint, rank == 0) as saver):
+    with (stop, rundir.locked(run, rank), Saver(run / "checkpoints", cfg.checkpoint, rank == 0) as saver,
+          errors.recorded(run / "last_error.json", rank), distributed.losses_told()):
         newest = checkpoint.newest_whole(run / "checkpoints") if rank == 0 else None
 
         # ---- Data: tokenised, packed and checked before ranks wait for each other -----------------------------------
@@ -65,10 +65,10 @@ def main(argv: list[str]) -> int:
         model = weights.build(source, cfg.model.init, cfg.train.seed, precision.DTYPES[cfg.model.dtype], types.residual, device,
                               cfg.train.activation_checkpointing, cfg.model.dropout, keys)
         attention, why_attention = choose_attention(cfg.train.attention, device, types.arithmetic, model.config)
-        if cfg.model.add_tokens:
-            weights.add_rows(model, tokenizer.size - len(cfg.model.add_tokens), tokenizer.size)
+        weights.add_rows(model, tokenizer.size - len(cfg.model.add_tokens), tokenizer.size)
         adapter.attach(model, cfg.lora, keys, cfg.train.seed)
-        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        kept = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad or ".lora_" in name}  # PiSSA's start with it
+        trained = {name: parameter for name, parameter in kept.items() if parameter.requires_grad}
 
         # ---- Optimizer and loss scale -------------------------------------------------------------------------------
         optimizer, why_optimizer = optim.build(trained, cfg.optim, cfg.train.seed, world)
@@ -79,30 +79,33 @@ def main(argv: list[str]) -> int:
                     "weights": weights.identity(model, source, cfg.model.init),
                     "adapter": adapter.digest(Path(cfg.lora.start)) if cfg.lora.start else None}
         distributed.check_same({**identity, **rundir.program(), "data.validation": held_out and held_out.digest}, world)
-        start, best, counted, seen = distributed.from_first(newest or 0, world), {"step": None, "loss": math.inf}, ledger.Counts(), {}
+        start, best, counted, seen, owed = distributed.from_first(newest or 0, world), {"step": None, "loss": math.inf}, ledger.Counts(), {}, None
         if start:
-            saved = checkpoint.load(run / "checkpoints", start)
-            changed = checkpoint.compare_identity(run / "checkpoints", saved.state, identity, cfg.resume.allow, rows, world.is_first)
-            weights.load_trained(trained, saved.model)
-            optim.load_state(optimizer, trained, saved.optimizer)
-            scale.load(scale.state() if "train.precision" in changed else saved.state["scale"])
-            best, counted, seen = saved.state["best"], ledger.go_on(plan, start, saved.state, changed), saved.state["losses"]
+            with checkpoint.opened(run / "checkpoints", start, verify=world.local_rank == 0 < world.rank) as saved:  # rank 0 has done it
+                changed = checkpoint.compare_identity(run / "checkpoints", saved.state, identity, cfg.resume.allow, rows, world.is_first)
+                weights.load_kept(kept, saved.model)
+                optim.load_state(optimizer, trained, saved.optimizer)
+                scale.load(scale.state() if "train.precision" in changed else saved.state["scale"])
+                best, seen, owed = saved.state["best"], saved.state["losses"], held_out and saved.state.get("owed")
+                counted = ledger.go_on(plan, start, saved.state, changed)
 
         # ---- What will happen, in words and as an equation ----------------------------------------------------------
         flops, (peak, peak_source) = metrics.Flops(model), metrics.peak_flops(device)
         facts = report.facts(model, world, {"attention": f"{attention}: {why_attention}", "precision": types.reason, "optimizer": why_optimizer,
                                             "peak": peak_source})
-        log = metrics.Log(run, start, num_steps, cfg.log.every_steps, cfg.log.tensorboard, speaks=world.is_first)
+        log = metrics.Log(run, start, num_steps, cfg.log.every_steps, cfg.log.tensorboard, world.is_first, again=bool(owed))
         if world.is_first:
-            checkpoint.prepare(run / "checkpoints", start, trained, cfg, num_steps, plan.steps_per_epoch)
+            checkpoint.prepare(run / "checkpoints", start, model, kept, cfg, num_steps, plan.steps_per_epoch)
             rundir.describe(run, cfg, {"base": {"name": cfg.model.path, "commit": base.commit}, **facts, **identity}, start)
             ledger.write(run, rows, held_out, plan, start, counted)
         log.say(report.equation(run, cfg, base, plan, rows, num_steps, start, world.size, facts))
         log.text("recipe", f"attention {facts['attention']}\n\n```\n{config.dump(cfg)}```", 0)
         log.text("rows", view.as_markdown(rows, tokenizer, 3), 0)
         evaluation = Evaluation(held_out, tokenizer, cfg.data, cfg.evaluate, attention, types, world) if held_out else None
-        if evaluation and start == 0 and cfg.evaluate.at_start:
-            log.step(0, evaluation.run(model).scalars)
+        judged = evaluation.run(model, whole=start == num_steps) if evaluation and (owed or (start == 0 and cfg.evaluate.at_start)) else None
+        if judged:
+            log.step(start, {**(owed or {}), **judged.scalars})
+            best = checkpoint.best_of(best, judged.loss, start)
 
         # ---- Wrap: ddp_model runs forward in training, model is for all else ----------------------------------------
         ddp_model = distributed.wrap(model.train(), world)
@@ -118,7 +121,7 @@ def main(argv: list[str]) -> int:
         boxes = blackbox.Recorder(run, cfg, saver, world, rows, tokenizer, trained, scale, ddp_model, forward, seen)
 
         # ---- Loop ---------------------------------------------------------------------------------------------------
-        watch, stragglers, judged = metrics.Stopwatch(device), Stragglers(world), None
+        watch, stragglers = metrics.Stopwatch(device), Stragglers(world)
         steps = loader.Loader(rows, plan, world.rank, world.size, cfg.train.micro_batch, flops.of, device, start, num_steps)
         for step, batches in watch.waiting("data", steps):
             number, lr = step.number, optim.learning_rate(step.number, num_steps, cfg.optim)
@@ -152,21 +155,19 @@ def main(argv: list[str]) -> int:
             scalars = {"train/lr": lr, "train/grad_norm": norm, "train/loss_scale": used_scale, **noted,
                        "train/epoch": done / plan.steps_per_epoch, **metrics.of_step(rows, step, losses, times, flops, peak * world.size, device)}
 
-            # Evaluate, copy, log, save: each at its period, at ends of epochs, and at the end or a request to stop.
+            # Evaluate, copy, log, save: each at its period, at ends of epochs, and at the end or a request to stop, which owes an evaluation.
             leaving = done == num_steps or asked
-            judged = None
-            if evaluation and (done == num_steps or due(cfg.evaluate, done, step)):
-                judged = evaluation.run(model, whole=done == num_steps)
-                scalars |= judged.scalars
+            judges = evaluation and (done == num_steps or due(cfg.evaluate, done, step))
+            judged = evaluation.run(model, whole=done == num_steps) if judges and not asked else None
+            scalars |= judged.scalars if judged else {}
             if leaving or timed or due(cfg.checkpoint, done, step):
-                if judged and judged.loss < best["loss"]:
-                    best = {"step": done, "loss": judged.loss}
-                state = {"identity": identity, "scale": scale.state(), "best": best, "trained": counted,
-                         "skips": plan.skips, "files": changes.table(rows), "losses": boxes.state()}
-                scalars["time/checkpoint"] = saver.take(done, trained, optimizer, state, world)
+                best = checkpoint.best_of(best, judged and judged.loss, done)
+                state = {"identity": identity, "scale": scale.state(), "best": best, "trained": counted, "skips": plan.skips,
+                         "files": changes.table(rows), "losses": boxes.state(), "owed": scalars if judges and asked else None}
+                scalars["time/checkpoint"] = saver.take(done, kept, optimizer, state, world)
             log.step(done, scalars)
             saver.write(leaving, log.settle, partial(ledger.write, run, rows, held_out, plan, done, counted))  # in the background
-            if asked and done < num_steps:
+            if asked:
                 log.say(f"stopped as asked after step {done}, saved; the same command goes on from there")
                 log.close()
                 distributed.close(world)

@@ -27,7 +27,7 @@ torch.set_num_threads(1)  # no pool of threads, so forking is safe
 
 from forks import forked
 
-from engine import train
+from engine import checkpoint, train
 from engine.config import Data
 from engine.data import dataset
 from engine.data.formats import Message, Row
@@ -65,6 +65,12 @@ def lists(found: tuple[np.ndarray, np.ndarray]) -> list[list[int]]:
 def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def loaded(folder: Path, step: int) -> checkpoint.Snapshot:
+    """A checkpoint's tensors, all in memory."""
+    with checkpoint.opened(folder, step) as saved:
+        return checkpoint.Snapshot(dict(saved.model), dict(saved.optimizer), saved.state)
 
 
 def held(what: Callable[[], None], seconds: float, megabytes: float) -> None:

@@ -13,7 +13,7 @@ from conftest import ragged_rows, write_rows
 from safetensors.torch import load_file, save_file
 from test_resume import FULL, LONG, LORA, result, stop_after
 
-from engine import blackbox, checkpoint, distributed, dropout, linear, optim, replay, train
+from engine import blackbox, checkpoint, distributed, dropout, linear, optim, replay, space, train
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import BUG, CHECKPOINT, NUMERIC, PEER, PREEMPTED, USER, EngineError, rank_in_launch
 
@@ -154,6 +154,16 @@ def test_a_spike_is_told_written_down_and_trained_through(recipe, ranks, tiny, t
     dull_rows(tmp_path)
     save = checkpoint.save
     monkeypatch.setattr(checkpoint, "save", lambda folder, step, *more: time.sleep(2 * (step == JUNK[1] - 1)) or save(folder, step, *more))  # still in flight
+    seen, damage = tmp_path / "seen", checkpoint.damage
+
+    def counted(path):
+        """At each save, once it is there and nothing is removed for it yet: how many checkpoints lie on the disk."""
+        with seen.open("a") as file:
+            file.write(f"{len({found.stat().st_ino for found in (tmp_path / 'runs').rglob('model.safetensors')})}\n")
+        return damage(path)
+
+    monkeypatch.setattr(checkpoint, "damage", counted)
+    monkeypatch.setattr(space, "check", lambda folder, count, *more: (tmp_path / "asked").write_text(f"{count}"))
     model = tmp_path / "model"
     shutil.copytree(tiny, model)
     started = ranks(2, recipe(*DULL, f"model.path={model}"))
@@ -166,10 +176,13 @@ def test_a_spike_is_told_written_down_and_trained_through(recipe, ranks, tiny, t
     for step, warning in zip(JUNK, warnings, strict=True):
         assert all(f"{tmp_path}/rows.jsonl:{line}" in warning for line in (2 * step - 1, 2 * step)) and "deviations above the median" in warning
     assert sorted(path.name for path in (run / "blackbox").iterdir()) == [f"step-{step:09d}" for step in JUNK[: blackbox.MOST]]
-    box = run / "blackbox" / f"step-{JUNK[1]:09d}"
-    found = json.loads((box / "blackbox.json").read_text())
+    assert max(map(int, seen.read_text().split())) == int((tmp_path / "asked").read_text()) == 3, "one kept, one held by a black box, one new"
+    boxes = [run / "blackbox" / f"step-{step:09d}" for step in JUNK[: blackbox.MOST]]
+    assert [(box / "checkpoint").exists() for box in boxes] == [False, False, True]
+    assert json.loads((boxes[1] / "blackbox.json").read_text())["checkpoint"] == JUNK[1] - 1, "the save in flight was not waited for"
+    box, found = boxes[-1], json.loads((boxes[-1] / "blackbox.json").read_text())
     assert found["checkpoint"] == JUNK[1] - 1 and sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000000036"]
-    assert found["loss"] == lines[JUNK[1] - 1]["train/loss"] and found["gradient_norm"] == lines[JUNK[1] - 1]["train/grad_norm"]
+    assert found["loss"] == lines[JUNK[2] - 1]["train/loss"] and found["gradient_norm"] == lines[JUNK[2] - 1]["train/grad_norm"]
     documents = [one for of_rank in found["ranks"] for batch in of_rank for one in batch["documents"]]
     assert sum(one["loss"] for one in documents) / found["num_targets"] == pytest.approx(found["loss"], rel=1e-6)
     assert math.sqrt(sum(norm**2 for norm in found["modules"].values())) == pytest.approx(found["gradient_norm"], rel=1e-5)
@@ -178,6 +191,8 @@ def test_a_spike_is_told_written_down_and_trained_through(recipe, ranks, tiny, t
     save_file({**tensors, "model.norm.weight": tensors["model.norm.weight"] + 1}, model / "model.safetensors")  # trained since, so the checkpoint has it
     code, printed = replayed(ranks, box)
     assert code == 0 and f"again from step {JUNK[1] - 1} on 2 ranks" in printed and "reproduced bit for bit" in printed, printed
+    code, printed = replayed(ranks, boxes[0])
+    assert code == USER and "E-REPLAY-CHECKPOINT" in printed, printed
 
 
 @pytest.mark.faults
@@ -191,7 +206,7 @@ def test_spikes_of_every_kind_of_run_are_made_again_to_the_bit(recipe, ranks, tm
     assert started.wait() == [0] * size, started.log.read_text()
     boxes = sorted((tmp_path / "runs/run/blackbox").iterdir())
     assert boxes, "no spike"
-    for box in boxes:
+    for box in boxes[-1:]:
         code, said = replayed(ranks, box)
         assert code == 0 and "reproduced bit for bit" in said, said
 
@@ -236,7 +251,7 @@ def test_the_losses_that_a_spike_is_judged_by_outlive_a_resume(recipe, ranks, tr
 def test_what_replay_cannot_make_again_is_named(recipe, ranks, trained, tmp_path):
     dull_rows(tmp_path)
     trained(1, recipe(*DULL, "optim.lr=1e-2"))
-    box = tmp_path / "runs/run/blackbox" / f"step-{JUNK[0]:09d}"
+    box = tmp_path / "runs/run/blackbox" / f"step-{JUNK[blackbox.MOST - 1]:09d}"
     plain = (box / "blackbox.json").read_text()
     found = json.loads(plain)
     token = found["ranks"][0][0]["documents"][0]["learnt"][1]
@@ -325,8 +340,11 @@ STORM = ("train.precision=fp16", "train.loss_scale=16777216", "train.global_batc
 
 def test_a_storm_of_overflows_is_resumed_inside_to_the_bit(recipe, ranks, trained, tmp_path):
     trained(2, recipe(*STORM, name="whole"))
-    lines = [json.loads(line) for line in (tmp_path / "runs/whole/metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "runs/whole/metrics.jsonl").read_text().splitlines()]  # JSON has no Infinity
     skipped = [line["train/skipped"] for line in lines]
+    assert [line["step"] for line in lines if line["train/grad_norm"] in ("inf", "nan")] == [line["step"] for line in lines if line["train/skipped"]] != []
+    for path in (*(tmp_path / "runs/whole").glob("*.json"), *(tmp_path / "runs/whole/checkpoints").glob("*/*.json")):
+        json.loads(path.read_text(), parse_constant=pytest.fail)
     calm = skipped.index(0)
     assert calm > 5 and not any(skipped[calm + 5 :]), "a storm, and then none"
     for stop in (2, calm - 1):

@@ -1,6 +1,7 @@
 """Invariant 5: only a checkpoint whose every byte is as written is loaded, and nothing is ever unpickled."""
 
 import json
+import os
 import pickle
 import shutil
 import sys
@@ -8,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_rows
+from conftest import loaded, write_rows
+from test_resume import stop_after
 
 from engine import checkpoint, train
 from engine.checkpoint import FILES, Snapshot
-from engine.errors import CHECKPOINT, EngineError
+from engine.errors import CHECKPOINT, PREEMPTED, EngineError
+from engine.models import weights
 
 
 def snapshot(value: float) -> Snapshot:
@@ -51,14 +54,14 @@ def test_a_damaged_checkpoint_is_passed_over_with_one_warning(folder, capsys, na
     assert checkpoint.newest_whole(folder) == 10
     assert capsys.readouterr().err.count("WARNING") == 1
     with pytest.raises(EngineError):
-        checkpoint.load(folder, 20)
-    assert torch.equal(checkpoint.load(folder, 10).model["w"], torch.full((5, 3), 10.0))
+        loaded(folder, 20)
+    assert torch.equal(loaded(folder, 10).model["w"], torch.full((5, 3), 10.0))
 
 
 def test_a_whole_checkpoint_comes_back_bit_for_bit(folder):
-    loaded = checkpoint.load(folder, checkpoint.newest_whole(folder))
-    assert torch.equal(loaded.model["w"], torch.full((5, 3), 20.0)) and torch.equal(loaded.optimizer["w.step"], torch.tensor(20.0))
-    assert loaded.state == {"note": 20.0, "step": 20}
+    found = loaded(folder, checkpoint.newest_whole(folder))
+    assert torch.equal(found.model["w"], torch.full((5, 3), 20.0)) and torch.equal(found.optimizer["w.step"], torch.tensor(20.0))
+    assert found.state == {"note": 20.0, "step": 20}
 
 
 def test_history_without_a_whole_checkpoint_is_no_fresh_start(folder):
@@ -125,6 +128,35 @@ def test_training_refuses_to_start_over_a_history_of_damage(recipe, trained, ran
     damaged_run(recipe, trained, tmp_path, "step-*")
     assert ranks(1, recipe("train.epochs=2", "checkpoint.keep=5")).wait() == [CHECKPOINT]
     assert json.loads((tmp_path / "runs/run/last_error.json").read_text())["exit_code"] == CHECKPOINT
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_resume_reads_the_sums_once_a_node(recipe, ranks, tmp_path, nodes):
+    """Rank 0 has them from looking for the newest; of another node one rank reads what that node's ranks will read. Another byte there stops all."""
+    arguments, read, flipped = recipe("train.epochs=2", "checkpoint.keep=5"), tmp_path / "read", "optimizer.safetensors"
+    assert set(ranks(2, lambda: stop_after(4, arguments)).wait()) == {PREEMPTED}
+
+    def watched() -> int:
+        rank = int(os.environ["RANK"])
+        os.environ["LOCAL_RANK"] = str(rank if nodes == 1 else 0)
+        sums, load = checkpoint._sha256, weights.load_kept
+
+        def noted(path):
+            with read.open("a") as file:
+                file.write(f"{rank} {path.name}\n")
+            return sums(path) if path.name != flipped or not rank else "of other bytes"
+
+        weights.load_kept = lambda *some: (setattr(checkpoint, "_sha256", sums), load(*some))
+        checkpoint._sha256 = noted
+        return train.main(arguments)
+
+    if nodes == 2:
+        started = ranks(2, watched)
+        assert started.wait()[1] == CHECKPOINT and "optimizer.safetensors has SHA-256" in started.log.read_text(), started.log.read_text()
+        read.unlink()
+    flipped = ""
+    assert ranks(2, watched).wait() == [0, 0]
+    assert sorted(read.read_text().splitlines()) == sorted(f"{rank} {name}" for rank in range(nodes) for name in FILES)
 
 
 def unpickles(main) -> list[str]:

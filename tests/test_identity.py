@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ragged_rows, write_rows
+from conftest import loaded, ragged_rows, write_rows
 from test_resume import LONG, LORA, result, stop_after
 
 from engine import checkpoint, config, optim, rundir, train
@@ -169,7 +169,7 @@ def test_rows_that_are_added_can_be_allowed_and_the_ledger_counts_from_there(sto
 def test_the_checkpoint_of_another_model_changes_no_parameter(stopped, recipe, tiny, tmp_path, monkeypatch, change):
     """A checkpoint whose identity agrees while its tensors do not fit: made by swapping them, sealed as a whole one is."""
     folder = tmp_path / "runs/run/checkpoints"
-    saved = checkpoint.load(folder, 3)
+    saved = loaded(folder, 3)
     tensors = dict(saved.model)
     first, last = list(tensors)[0], list(tensors)[-1]
     tensors[first] = tensors[first] + 1  # would be seen if anything were copied before all were compared

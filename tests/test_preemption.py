@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, ragged_rows, write_rows
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_resume import FULL, LONG, result, steps_done
 from test_watchdog import command, kill_self, on_call, stop_self
 
-from engine import checkpoint, evaluate, optim
+from engine import checkpoint, evaluate, metrics, optim
 from engine.errors import PREEMPTED
 from engine.models import weights
 from engine.signals import SAME_S
@@ -68,6 +69,36 @@ def test_one_rank_is_told_and_all_save_the_same_step(recipe, ranks, trained, tmp
         assert nothing_lost(run) == last, (name, started.log.read_text())
     trained(2, recipe(*options, name="cut"))
     assert result(run) == result(tmp_path / "runs/whole")
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["on the way", "last step"])
+def test_a_stop_saves_before_an_evaluation_that_is_due_and_the_next_launch_makes_up_for_it(recipe, ranks, trained, tmp_path, last):
+    """Told in a step after which an evaluation of an hour is due: what can be lost is saved at once. The launch after it is killed as well,
+    once it has evaluated. In the end each evaluation is there once, in the record and in TensorBoard, as if nothing had happened."""
+    options = (*FULL, *LONG, f"data.validation={tmp_path}/rows.jsonl", "evaluate.every_steps=3", "train.max_steps=6", "checkpoint.every_steps=0",
+               "checkpoint.each_epoch=false", "checkpoint.every_s=0")
+    trained(2, recipe(*options, name="whole"))
+    run, at = tmp_path / "runs/cut", 6 if last else 3
+
+    def told() -> None:
+        on_call(1, optim, "unscale_and_clip", at - 1, lambda: kill_self(signal.SIGUSR1))
+        for rank in (0, 1):
+            on_call(rank, optim, "unscale_and_clip", at, lambda rank=rank: on_call(rank, evaluate.Evaluation, "run", 1, lambda: os._exit(9)))
+        command(recipe(*options, name="cut"))
+
+    started = ranks(2, told)
+    assert started.wait() == [PREEMPTED, PREEMPTED], started.log.read_text()
+    assert nothing_lost(run) == at
+    started = ranks(2, lambda: (on_call(0, metrics, "Stopwatch", 1, kill_self), command(recipe(*options, name="cut"))))
+    assert -signal.SIGKILL in started.wait() and last_step(run) == at and "validation/loss" in (run / "metrics.jsonl").read_text().splitlines()[-1]
+    trained(2, recipe(*options, name="cut"))
+    assert result(run) == result(tmp_path / "runs/whole")
+    points = []
+    for name in ("cut", "whole"):
+        (events := EventAccumulator(str(tmp_path / "runs" / name / "tensorboard"))).Reload()
+        points.append({tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+                       if not tag.startswith((*metrics.MEASURED, "final/"))})
+    assert points[0] == points[1] and [step for step, _ in points[0]["validation/loss"]] == [0, 3, 6]
 
 
 def test_a_second_signal_leaves_at_once_though_torch_is_waiting(recipe, ranks, tmp_path):

@@ -2,16 +2,21 @@
 
 import hashlib
 import json
+import os
 import random
+import shutil
+import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import Ranks
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from engine import train
+from engine import metrics, optim, train
 from engine.data import ledger
 from engine.errors import CHECKPOINT, PREEMPTED, EngineError
 from engine.metrics import MEASURED
@@ -82,11 +87,6 @@ def test_first_step_after_a_resume_has_the_bucket_layout_of_later_steps(recipe, 
 
 def stop_after(step: int, arguments: list[str]) -> int:
     """Trains and sends itself SIGTERM once `step` is done."""
-    import os
-    import signal
-
-    from engine import metrics
-
     log_step = metrics.Log.step
 
     def step_and_ask(self, number, scalars):
@@ -110,6 +110,35 @@ def test_every_variant_of_lora_resumes_to_the_bit(recipe, ranks, trained, tmp_pa
         assert (tmp_path / "runs/whole/export" / name).read_bytes() == (tmp_path / "runs/cut/export" / name).read_bytes(), name
         agreement = json.loads((tmp_path / "runs/cut/export" / name.split("/")[0] / "engine.json").read_text())["agreement_with_training"]
         assert agreement["kl"] < 1e-5
+
+
+def turned(svd):
+    """Another library's singular vectors: as good as the first's, and of the other sign."""
+    def other(*arguments, **options):
+        left, values, right = svd(*arguments, **options)
+        return -left, values, -right
+
+    return other
+
+
+def test_pissas_start_is_state_and_is_found_once(recipe, ranks, trained, tmp_path):
+    """Bits and signs of singular vectors depend on threads and libraries: rank 0's of the first launch are everybody's, whatever others find later."""
+    options = ("lora.rank=4", "lora.dropout=0.2", "lora.init=pissa", "lora.dora=true", *LONG)
+
+    def other(on: tuple[int, ...], what: Callable[[], int]) -> Callable[[], int]:
+        def run() -> int:
+            if int(os.environ["RANK"]) in on:
+                torch.linalg.svd = turned(torch.linalg.svd)
+            return what()
+
+        return run
+
+    trained(2, recipe(*options, name="whole"))
+    started = ranks(2, other((1,), lambda: stop_after(4, recipe(*options, name="cut"))))
+    assert set(started.wait()) == {PREEMPTED}, started.log.read_text()
+    started = ranks(2, other((0, 1), lambda: train.main(recipe(*options, name="cut"))))
+    assert started.wait() == [0, 0], started.log.read_text()
+    assert result(tmp_path / "runs/cut") == result(tmp_path / "runs/whole")
 
 
 def test_asked_to_stop_saves_and_goes_on(recipe, ranks, trained, tmp_path):
@@ -176,3 +205,49 @@ def test_finished_run_is_kept_and_the_next_gets_its_own_folder(recipe, trained, 
     trained(1, recipe("train.max_steps=2"))
     assert (tmp_path / "runs/run/metrics.jsonl").read_bytes() == before and steps_done(tmp_path / "runs/run-2") == 2
     assert load_file(tmp_path / "runs/run-2/export/model/model.safetensors")
+
+
+@pytest.mark.parametrize(("size", "shard"), [(1, "false"), pytest.param(2, "true", marks=pytest.mark.faults)])
+def test_a_resumed_run_holds_no_more_than_one_that_was_not_stopped(recipe, ranks, tiny, tmp_path, size, shard):
+    """80 MB of weights and 160 of moments: they are read to where they belong and lie nowhere else."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    (model / "model.safetensors").unlink()
+    wide = {**json.loads((model / "config.json").read_text()), "hidden_size": 512, "intermediate_size": 3600}
+    (model / "config.json").write_text(json.dumps(wide))
+    arguments = recipe(f"model.path={model}", "model.init=random", f"optim.shard={shard}", "train.max_steps=4", "train.epochs=2", "checkpoint.each_epoch=false",
+                       "checkpoint.every_s=0", "export.kinds=[]", "log.tensorboard=false", "optim.lr=1e-4", "train.global_batch=2")
+    measured = tmp_path / "measured"
+
+    def watched(stop: bool) -> int:
+        """Notes resident MB, and their peak since the model was built, after each step."""
+        log_step, build = metrics.Log.step, optim.build
+
+        def step(self, number, scalars):
+            log_step(self, number, scalars)
+            with measured.open("a") as file:
+                file.write(f"{stop} {number} {os.environ['RANK']} {status('VmRSS')} {status('VmHWM')}\n")
+            if stop and number == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        def built(*arguments):
+            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+            return build(*arguments)
+
+        metrics.Log.step, optim.build = step, built
+        return train.main(arguments)
+
+    for stop in (True, False):
+        assert ranks(size, lambda stop=stop: watched(stop)).wait() == [PREEMPTED if stop else 0] * size
+    assert len(list((tmp_path / "runs/run/checkpoints").iterdir())) == 2
+    lines = map(str.split, measured.read_text().splitlines())
+    found = {(stop == "True", int(step), int(rank)): (float(rss), float(peak)) for stop, step, rank, rss, peak in lines}
+    for rank in range(size):
+        (fresh, fresh_peak), (resumed, peak) = found[True, 1, rank], found[False, 3, rank]
+        print(f"rank {rank}: {fresh:.0f} MB after a first step, {fresh_peak:.0f} at most; of a resume {resumed:.0f}, {peak:.0f} at most")
+        assert resumed < fresh + 20 and peak < fresh_peak + 20
+
+
+def status(name: str) -> float:
+    """MB of a line of this process's status."""
+    return int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1]) / 1024

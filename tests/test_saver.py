@@ -3,20 +3,22 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Ranks
+from conftest import Ranks, loaded
 from test_resume import FULL, LORA, result, steps_done
+from test_watchdog import command, ends, fail, here, on_call, stop_self
 from torch import nn
 
-from engine import checkpoint, metrics, saver, train
+from engine import checkpoint, metrics, optim, saver, train
 from engine.config import Checkpoint
 from engine.distributed import World
-from engine.errors import DONE, ENVIRONMENT, EngineError
+from engine.errors import BUG, DONE, ENVIRONMENT, NUMERIC, PEER, EngineError
 from engine.saver import Saver
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -213,18 +215,64 @@ def test_the_writers_error_is_raised_wherever_the_loop_comes_next(tmp_path):
         assert caught.value.exit_code == ENVIRONMENT
 
 
-def test_a_run_that_fails_gives_the_save_in_flight_some_time_and_no_more(tmp_path, slow, monkeypatch):
-    with pytest.raises(ValueError), (loop := Loop(tmp_path)).saver:
-        loop.save(1)
-        raise ValueError
-    assert checkpoint.newest_whole(tmp_path) == 1
-    monkeypatch.setattr(saver, "PATIENCE_S", 0.05)
+@pytest.mark.parametrize(("error", "patience"), [(ValueError(), "PATIENCE_S"), (EngineError("NUMERIC-X", "", NUMERIC), "PATIENCE_S"),
+                         (EngineError("ENVIRONMENT-MEMORY", "", ENVIRONMENT), "PATIENCE_S"), (EngineError("ENVIRONMENT-RECORD", "", ENVIRONMENT), "DISK_S")])
+def test_a_run_that_fails_gives_the_save_in_flight_some_time_and_no_more(tmp_path, slow, monkeypatch, error, patience):
+    """Little, where a disk is the cause."""
+    monkeypatch.setattr(saver, "DISK_S", 0.02)
+    for seconds in (9.0, 0.03):  # a save takes 0.2
+        monkeypatch.setattr(saver, "PATIENCE_S", seconds)
+        with pytest.raises(type(error)), (loop := Loop(tmp_path)).saver:
+            loop.save(step := len(slow) + 1)
+            raise error
+        assert (checkpoint.newest(tmp_path) == step) == (seconds == 9.0 and patience == "PATIENCE_S")
+        loop.saver.thread.join()
+
+
+# the rank that meets with it, the code of rank 1, of rank 0
+FAULTS = {"rank 0 fails": (0, PEER, BUG), "another rank stands still": (1, -signal.SIGKILL, PEER), "another rank fails": (1, BUG, PEER)}
+
+
+@pytest.mark.parametrize("fault", [*list(FAULTS)[:2], pytest.param(list(FAULTS)[2], marks=pytest.mark.faults)])
+def test_a_failure_costs_no_save_that_is_in_flight_and_peers_do_not_wait_for_it(recipe, ranks, tmp_path, fault):
+    """The disk takes seven seconds for what was taken before the fault; by then the peers are long gone, and the cause is written down."""
+    since, run = tmp_path / "since", tmp_path / "runs/run"
+    rank, of_peer, of_first = FAULTS[fault]
+    what = stop_self if "still" in fault else fail
+
+    def slowly(*arguments):
+        time.sleep(7)
+        return save(*arguments)
+
+    def main() -> None:
+        checkpoint.save = slowly
+        on_call(rank, optim, "learning_rate", 4, here(what, since))
+        command(recipe(*STEPS, "checkpoint.every_steps=3", "checkpoint.every_s=0", "log.tensorboard=false", "train.timeout_s=2"))
+
+    save = checkpoint.save
+    started = ranks(2, main)
+    codes, seconds = ends(started, since)
+    assert codes == [of_first, of_peer] and seconds[0] > 6, started.log.read_text()
+    assert checkpoint.newest_whole(run / "checkpoints") == 3, started.log.read_text()
+    assert "still" in fault or seconds[1] < 5
+    note = json.loads((run / "last_error.json").read_text())
+    assert note["exit_code"] == (BUG if what is fail else PEER) and started.log.read_text().count("finishing the checkpoint") == 1
+
+
+def test_a_second_signal_ends_the_wait_for_a_save_in_flight(recipe, ranks, tmp_path):
+    def main() -> None:
+        checkpoint.save = lambda *arguments: time.sleep(60)
+        on_call(0, optim, "learning_rate", 4, fail)
+        command(recipe(*STEPS, "checkpoint.every_steps=3", "checkpoint.every_s=0", "log.tensorboard=false"))
+
+    started = ranks(1, main)
+    while "finishing the checkpoint" not in (started.log.read_text() if started.log.exists() else ""):
+        time.sleep(0.01)
+    for _ in range(2):
+        os.kill(started.pids[0], signal.SIGTERM)
+        time.sleep(0.2)
     began = time.monotonic()
-    with pytest.raises(ValueError), (loop := Loop(tmp_path)).saver:
-        loop.save(2)
-        raise ValueError
-    assert time.monotonic() - began < 0.15
-    loop.saver.thread.join()
+    assert started.wait() == [128 + signal.SIGTERM] and time.monotonic() - began < 1
 
 
 def test_copies_lie_in_the_same_memory_each_time(tmp_path):
@@ -233,8 +281,25 @@ def test_copies_lie_in_the_same_memory_each_time(tmp_path):
     places = {name: buffer.data_ptr() for name, buffer in loop.saver.buffers.items()}
     loop.save(2, leaving=True)
     assert sorted(places) == ["w", "w.exp_avg", "w.exp_avg_sq", "w.step"] and {n: b.data_ptr() for n, b in loop.saver.buffers.items()} == places
-    loaded = checkpoint.load(tmp_path, 2)
-    assert torch.equal(loaded.model["w"], loop.weight.detach()) and loaded.optimizer["w.step"] == 2
+    found = loaded(tmp_path, 2)
+    assert torch.equal(found.model["w"], loop.weight.detach()) and found.optimizer["w.step"] == 2
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_copies_from_a_gpu_lie_in_pinned_memory_and_are_there_when_the_loop_goes_on(tmp_path):
+    loop, world = Loop(tmp_path), World(0, 1, 0, torch.device("cuda", 0))
+    loop.weight = nn.Parameter(torch.ones(1 << 26, device=world.device))
+    loop.optimizer = torch.optim.AdamW([loop.weight], fused=True)
+    loop.weight.grad = torch.ones_like(loop.weight)
+    loop.optimizer.step()
+    expected = loop.weight.detach().clone()
+    loop.saver.take(1, {"w": loop.weight}, loop.optimizer, {"best": {"step": None}}, world)
+    assert all(buffer.is_pinned() for buffer in loop.saver.buffers.values())
+    with torch.no_grad():
+        loop.weight.zero_()
+    loop.saver.write(True)
+    assert torch.equal(loaded(tmp_path, 1).model["w"], expected.cpu())
 
 
 def test_the_writer_has_no_pool_of_threads_beside_the_loops(ranks, tmp_path):

@@ -20,7 +20,7 @@ from pathlib import Path
 import disks
 import pytest
 import torch
-from conftest import ROOT, Ranks
+from conftest import ROOT, Ranks, loaded
 from test_resume import FULL, LONG, stop_after
 from test_torn import contents, snapshot
 
@@ -159,7 +159,7 @@ def test_a_disk_that_would_fill_up_is_told_before_the_first_step(recipe, tmp_pat
         disk = disks.memory_disk(tmp_path / "runs", 300_000)
         assert Ranks(1, lambda: train.main(recipe(*STEPS)), tmp_path / "small.log").wait() == [ENVIRONMENT]
         log = (tmp_path / "small.log").read_text()
-        assert "ERROR E-ENVIRONMENT-SPACE" in log and "bytes are free, expected" in log and "for 3 checkpoints" in log
+        assert "ERROR E-ENVIRONMENT-SPACE" in log and "bytes are free, expected" in log and "for 4 checkpoints" in log
         assert (disk / "run/metrics.jsonl").read_text() == ""
         assert json.loads((disk / "run/last_error.json").read_text())["exit_code"] == ENVIRONMENT
 
@@ -190,16 +190,38 @@ def test_the_launcher_returns_code_4_of_two_ranks_with_one_line(recipe, tmp_path
     disks.child(run)
 
 
-@pytest.mark.parametrize("options", [FULL, ("lora.rank=4",), ("optim.name=adamw_bf16", "model.dtype=bf16", "train.precision=bf16")],
-                         ids=["full", "lora", "bf16"])
+@pytest.mark.parametrize("options", [FULL, ("lora.rank=4",), ("lora.rank=4", "lora.init=pissa"), ("optim.name=adamw_bf16", "model.dtype=bf16",
+                         "train.precision=bf16")], ids=["full", "lora", "pissa", "bf16"])
 def test_the_room_asked_for_is_what_a_checkpoint_takes(recipe, trained, tmp_path, monkeypatch, options):
     asked = tmp_path / "asked"
-    monkeypatch.setattr(space, "check", lambda folder, count, each: asked.write_text(f"{count} {each}"))
+    monkeypatch.setattr(space, "check", lambda folder, count, each, exports: asked.write_text(f"{count} {each}"))
     trained(1, recipe(*options, "train.max_steps=3", "checkpoint.every_steps=1", "checkpoint.keep=1"))
     count, each = map(int, asked.read_text().split())
     folder, = (tmp_path / "runs/run/checkpoints").iterdir()
     taken = sum(path.stat().st_size for path in folder.iterdir())
-    assert count == 2 and taken <= each <= taken + space.BESIDE_TENSORS
+    assert count == 3 and taken <= each <= taken + space.BESIDE_TENSORS
+
+
+@pytest.mark.parametrize("options", [(), ("lora.rank=4",), ("lora.rank=4", "lora.init=pissa", "lora.modules_to_save=[embed_tokens]"), ("export.dtype=bf16",)])
+def test_the_room_asked_for_is_what_the_exports_take(recipe, trained, tmp_path, monkeypatch, options):
+    asked = tmp_path / "asked"
+    monkeypatch.setattr(space, "check", lambda folder, count, each, exports: asked.write_text(f"{exports}"))
+    trained(1, recipe(*options, "train.max_steps=1", f"export.kinds=[{'adapter,' if 'lora.rank=4' in options else ''}model]"))
+    taken = sum(path.stat().st_size for path in (tmp_path / "runs/run/export").rglob("*.safetensors"))
+    assert taken - 2 * space.BESIDE_TENSORS / 4 <= int(asked.read_text()) <= taken
+
+
+def test_room_that_only_an_export_lacks_is_told_before_the_first_step(recipe, tmp_path):
+    def run() -> None:
+        disk = disks.memory_disk(tmp_path / "runs", 300_000)
+        options = ("lora.rank=1", "lora.targets=[q_proj]", "checkpoint.keep=1", "train.max_steps=1", "log.tensorboard=false")
+        assert Ranks(1, lambda: train.main(recipe(*options, "export.kinds=[adapter]")), tmp_path / "small.log").wait() == [DONE]
+        shutil.rmtree(disk / "run")
+        assert Ranks(1, lambda: train.main(recipe(*options, "export.kinds=[model,gguf]")), tmp_path / "large.log").wait() == [ENVIRONMENT]
+        log = (tmp_path / "large.log").read_text()
+        assert "ERROR E-ENVIRONMENT-SPACE" in log and "bytes of exports" in log and (disk / "run/metrics.jsonl").read_text() == "", log
+
+    disks.child(run)
 
 
 def test_room_is_asked_for_as_many_checkpoints_as_will_lie_there_at_once():
@@ -319,7 +341,7 @@ def test_a_link_in_a_checkpoint_is_refused(tmp_path, name):
         checkpoint.newest_whole(tmp_path)
     assert caught.value.exit_code == SECURITY
     with pytest.raises(EngineError, match="symbolic link"):
-        checkpoint.load(tmp_path, 30)
+        loaded(tmp_path, 30)
 
 
 def test_what_is_no_file_is_damage_and_is_not_opened(tmp_path, capsys):
@@ -337,7 +359,7 @@ def test_an_unknown_file_is_ignored_with_a_warning(tmp_path, capsys):
     assert checkpoint.newest_whole(tmp_path) == 30
     warning, = capsys.readouterr().err.splitlines()
     assert warning.startswith("WARNING") and "notes.txt" in warning
-    assert sorted(checkpoint.load(tmp_path, 30).model) == ["w"]
+    assert sorted(loaded(tmp_path, 30).model) == ["w"]
 
 
 NEARLY = ["step-000000040-old", "xstep-000000040", "step-000000040 (copy)", "step-40", "step-0000000040", "STEP-000000040", "step-000000040\n",
@@ -543,11 +565,12 @@ def test_the_names_above_the_checkpoints_are_synced(tmp_path, monkeypatch):
 
 
 def test_a_disk_that_does_not_say_is_not_held_to_be_full(tmp_path, monkeypatch):
-    space.check(tmp_path / "absent", 3, 1 << 60)
-    with pytest.raises(EngineError, match="bytes are free, expected"):
-        space.check(tmp_path, 3, 1 << 60)
+    space.check(tmp_path / "absent", 3, 1 << 60, 0)
+    for count, exports in ((3, 0), (0, 1 << 60)):
+        with pytest.raises(EngineError, match="bytes are free, expected"):
+            space.check(tmp_path, count, 1 << 60, exports)
     monkeypatch.setattr(space.os, "statvfs", lambda path: os.statvfs_result([4096, 4096, 0, 0, 0, 0, 0, 0, 0, 255]))
-    space.check(tmp_path, 3, 1 << 60)
+    space.check(tmp_path, 3, 1 << 60, 0)
 
 
 def test_weights_that_find_no_room_are_an_error_of_the_disk(tmp_path):

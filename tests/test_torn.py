@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from test_resume import LONG, LORA, result
 
-from engine import checkpoint, publish, tensorfile, train
+from engine import checkpoint, publish, rundir, tensorfile, train
 from engine.checkpoint import FILES, MANIFEST, Snapshot
 
 NAMES = (*FILES, MANIFEST)
@@ -285,8 +285,8 @@ def test_training_killed_while_it_writes_ends_the_same(recipe, ranks, trained, t
 # --- the order of system calls ---------------------------------------------------------------------------------------
 
 
-def traced(folder: Path, *options: str, step: int = 40, keep: int = 2) -> tuple[int, str]:
-    """Saves a checkpoint in a process that strace is attached to; its exit code (4 for an error that is ours) and the trace."""
+def traced(folder: Path, *options: str, step: int = 40, keep: int = 2, what: Callable[[], object] | None = None) -> tuple[int, str]:
+    """Saves a checkpoint, or does `what`, in a process that strace is attached to; its exit code (4 for an error that is ours) and the trace."""
     ours, theirs = os.pipe()
     pid = os.fork()
     if not pid:
@@ -294,7 +294,7 @@ def traced(folder: Path, *options: str, step: int = 40, keep: int = 2) -> tuple[
         try:
             os.close(theirs)
             os.read(ours, 1)  # until strace is there
-            checkpoint.save(folder, step, snapshot(float(step)), keep=keep, best=None)
+            what() if what else checkpoint.save(folder, step, snapshot(float(step)), keep=keep, best=None)
             code = 0
         except checkpoint.EngineError as error:
             code = error.exit_code
@@ -375,3 +375,77 @@ def test_a_system_call_that_fails_is_a_save_that_failed(folder, fault):
         assert checkpoint.newest_whole(folder) == 30
     checkpoint.save(folder, 40, snapshot(40.0), keep=1, best=None)
     assert os.listdir(folder) == ["step-000000040"] and json.loads((folder / "step-000000040" / "state.json").read_text())["step"] == 40
+
+
+def publishes(target: Path, text: str) -> None:
+    with publish.published(target) as building:
+        if target.suffix:
+            building.write_text(text)
+        else:
+            (building / "part").mkdir(parents=True)
+            for path in (building / "a", building / "part/b"):
+                path.write_text(text)
+
+
+def published_text(path: Path) -> str | None:
+    """What is there, if it is whole."""
+    found = {part.read_text() for part in (path / "a", path / "part/b", path) if part.is_file()}
+    return found.pop() if len(found) == 1 else None
+
+
+@needs_strace
+@pytest.mark.parametrize("name", ["model", "model.gguf"])
+def test_what_is_published_is_durable_before_what_was_there_goes(folder, name):
+    """Killed at every system call: the old one or the new one has the name, but between two renames of folders, where the old one lies beside."""
+    place = folder / "export"
+    publishes(place / name, "old")
+    code, text = traced(folder, "-e", CALLS, what=lambda: publishes(place / name, "new"))
+    assert code == 0 and published_text(place / name) == "new" and os.listdir(place) == [name]
+    calls = [line.split(maxsplit=1)[1] for line in text.splitlines() if " = " in line and "= -1" not in line]
+    rename, = (i for i, call in enumerate(calls) if call.startswith("rename") and f'"{place}/.tmp-{name}"' in call)
+    syncs = [(i, re.search(r"<(.*)>", call)[1]) for i, call in enumerate(calls) if call.startswith("fsync")]
+    parts = ["", "/a", "/part", "/part/b"] if name == "model" else [""]
+    assert {path for i, path in syncs if i < rename} == {f"{place}/.tmp-{name}{part}" for part in parts}
+    parent, = (i for i, path in syncs if i > rename)
+    assert syncs[-1][1] == str(place) and not [call for call in calls[:parent] if call.startswith(("unlink", "rmdir"))], "the old one went before"
+    named = [match[1] for line in text.splitlines() if (match := re.match(r"\d+ +(\w+)\(", line))]
+    gaps = 0
+    for number, call in enumerate(named):
+        shutil.rmtree(place)
+        publishes(place / name, "old")
+        killed = f"inject={call}:signal=KILL:when={named[: number + 1].count(call)}"
+        assert traced(folder, "-e", f"trace={call}", "-e", killed, what=lambda: publishes(place / name, "new"))[0] == -signal.SIGKILL
+        if not (place / name).exists():
+            assert published_text(place / f".old-{name}") == "old"
+            gaps += 1
+        else:
+            assert published_text(place / name) in ("old", "new")
+        publishes(place / name, "newer")
+        assert published_text(place / name) == "newer" and os.listdir(place) == [name]
+    assert gaps == (name == "model") and len(named) > 5
+
+
+@needs_strace
+def test_what_was_there_comes_back_where_the_new_one_gets_no_name(folder):
+    place = folder / "export"
+    publishes(place / "model", "old")
+    code, text = traced(folder, "-e", CALLS, "-e", "inject=rename,renameat,renameat2:error=EIO:when=2", what=lambda: publishes(place / "model", "new"))
+    assert code == 4 and "INJECTED" in text and published_text(place / "model") == "old" and os.listdir(place) == ["model"]
+
+
+@needs_strace
+@pytest.mark.parametrize("what", ["run", "cache"])
+@pytest.mark.parametrize("answer", ["ENOLCK", "EOPNOTSUPP", "ENOSYS"])
+def test_a_file_system_without_locks_is_told_as_one(folder, what, answer):
+    said, place = folder / "said", folder / "place"
+
+    def locks() -> None:
+        try:
+            with rundir.locked(place, 0) if what == "run" else publish.locked(place):
+                pass
+        except checkpoint.EngineError as error:
+            said.write_text(str(error))
+            raise
+
+    code, text = traced(folder, "-e", "trace=flock", "-e", f"inject=flock:error={answer}", what=locks)
+    assert code == 4 and "INJECTED" in text and f"E-ENVIRONMENT-LOCKS {place}" in said.read_text() and "gives no locks" in said.read_text()

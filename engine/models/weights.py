@@ -79,6 +79,8 @@ def add_rows(model: nn.Module, first: int, last: int) -> None:
 
     Rows that a model has beyond its tokenizer's ids are used before new ones are made.
     """
+    if first == last:
+        return
     embedding, head = model.model.embed_tokens, model.lm_head
     tied = head.weight is embedding.weight
     for layer in (embedding,) if tied else (embedding, head):
@@ -189,29 +191,28 @@ def untied(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 
 
-def load_trained(trained: dict[str, nn.Parameter], saved: dict[str, Tensor]) -> None:
-    """Copies a checkpoint's weights into the parameters of the same names.
+def load_kept(kept: dict[str, nn.Parameter], saved: tensorfile.Reader) -> None:
+    """Reads a checkpoint's weights into the parameters of the same names.
 
     Raises:
         EngineError: names or shapes differ; nothing was copied.
     """
-    own, theirs = ({name: f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}" for name, tensor in one.items()} for one in (trained, saved))
+    own, theirs = ({name: f"{list(one.shape)} {str(one.dtype).removeprefix('torch.')}" for name, one in some.items()} for some in (kept, saved.entries))
     if wrong := [name for name in sorted(own.keys() | theirs.keys()) if own.get(name) != theirs.get(name)]:
         told = "; ".join(f"{name}: expected {own.get(name, 'nothing')}, found {theirs.get(name, 'nothing')}" for name in wrong[:5])
-        raise EngineError("CHECKPOINT-WEIGHTS", f"the checkpoint's trained weights are not the model's: {told}", CHECKPOINT)
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(saved[name])
+        raise EngineError("CHECKPOINT-WEIGHTS", f"the checkpoint's weights are not the model's: {told}", CHECKPOINT)
+    for name, parameter in kept.items():
+        saved.fill(name, parameter.detach())
 
 
 def identity(model: nn.Module, folder: Path, init: str) -> str:
     """What a run started from, and what its frozen weights are: the folder's config, and SHA-256 over the frozen weights' bytes.
 
-    Trained weights are not in it: a checkpoint holds them.
+    Trained weights and all of adapters are not in it: a checkpoint holds them. Of a start by PiSSA the bits depend on threads and libraries.
     """
     total = hashlib.sha256(json.dumps([init, read_config(folder)], sort_keys=True).encode())
     for name, parameter in sorted(model.named_parameters()):
-        if not parameter.requires_grad:
+        if not parameter.requires_grad and ".lora_" not in name:
             total.update(f"{name} {parameter.dtype} {list(parameter.shape)}".encode())
             total.update(parameter.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
     return total.hexdigest()
