@@ -16,6 +16,7 @@ import statistics
 import sys
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine import checkpoint, distributed
+from engine import checkpoint, distributed, watchdog
 from engine.config import Recipe
 from engine.data.dataset import Dataset
 from engine.data.loader import MicroBatch
@@ -158,23 +159,26 @@ class Recorder:
         if self.world.is_first:
             try:
                 self.saver.wait()  # the last one taken is the nearest to go from, and none is removed while it is linked
-                newest = checkpoint.newest(self.run / "checkpoints")
-                text = json.dumps(plain({**found, "checkpoint": newest, "began": self.began}), indent=1, ensure_ascii=False, allow_nan=False)
-                with published(target) as building:
-                    building.mkdir()
-                    (building / "blackbox.json").write_text(text + "\n", encoding="utf-8")
-                    for name in ("recipe.yaml", "run.json"):
-                        shutil.copy2(self.run / name, building)
-                    if newest is not None:
-                        name = f"step-{newest:09d}"
-                        shutil.copytree(self.run / "checkpoints" / name, building / "checkpoint" / name, copy_function=link)
-                for older in {*target.parent.glob("*/checkpoint")} - {target / "checkpoint"}:
-                    shutil.rmtree(older)
+                watchdog.aside(partial(self._publish, target, found))  # where no file can have two names the checkpoint is copied
             except (EngineError, OSError) as error:
                 problem = f"There is no black box: {error}"
         if distributed.from_first(bool(problem), self.world):
             return problem or "There is no black box"
         return f"Black box: {target}; python -m engine.replay makes it again, data.skip=[path:line, …] goes on without rows"
+
+    def _publish(self, target: Path, found: dict[str, Any]) -> None:
+        newest = checkpoint.newest(self.run / "checkpoints")
+        text = json.dumps(plain({**found, "checkpoint": newest, "began": self.began}), indent=1, ensure_ascii=False, allow_nan=False)
+        with published(target) as building:
+            building.mkdir()
+            (building / "blackbox.json").write_text(text + "\n", encoding="utf-8")
+            for name in ("recipe.yaml", "run.json"):
+                shutil.copy2(self.run / name, building)
+            if newest is not None:
+                name = f"step-{newest:09d}"
+                shutil.copytree(self.run / "checkpoints" / name, building / "checkpoint" / name, copy_function=link)
+        for older in {*target.parent.glob("*/checkpoint")} - {target / "checkpoint"}:
+            shutil.rmtree(older)
 
 
 def deviation(loss: float, before: deque[float]) -> float:
