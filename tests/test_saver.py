@@ -20,6 +20,7 @@ from engine.config import Checkpoint
 from engine.distributed import World
 from engine.errors import BUG, DONE, ENVIRONMENT, NUMERIC, PEER, EngineError
 from engine.saver import Saver
+from engine.signals import SAME_S
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 STEPS = ("train.epochs=2", "export.kinds=[]", "train.global_batch=4", "data.packing=true", "checkpoint.each_epoch=false", "checkpoint.keep=99")
@@ -270,7 +271,7 @@ def test_a_second_signal_ends_the_wait_for_a_save_in_flight(recipe, ranks, tmp_p
         time.sleep(0.01)
     for _ in range(2):
         os.kill(started.pids[0], signal.SIGTERM)
-        time.sleep(0.2)
+        time.sleep(SAME_S + 0.1)
     began = time.monotonic()
     assert started.wait() == [128 + signal.SIGTERM] and time.monotonic() - began < 1
 
