@@ -192,8 +192,8 @@ BUGS = [
         "PATIENCE_S = 0.1",
         "tests/test_saver.py::test_a_failure_costs_no_save_that_is_in_flight_and_peers_do_not_wait_for_it"),
     Bug("every black box holds a checkpoint", "engine/blackbox.py",
-        "                    shutil.rmtree(older)\n",
-        "                    pass\n",
+        "            shutil.rmtree(older)\n",
+        "            pass\n",
         "tests/test_blackbox.py::test_a_spike_is_told_written_down_and_trained_through"),
     # ---- checkpoints
     Bug("no fsync", CHECKPOINT,
