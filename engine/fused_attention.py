@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 64  # tokens of a block, as in kernels/attention.h
-WIDTHS, TYPES, MOST_TILES = (64, 128), (torch.bfloat16, torch.float16), 65535
+WIDTHS, TYPES, LEAST_CAPABILITY = (64, 128), (torch.bfloat16, torch.float16), (8, 0)
 
 torch.library.define("engine::attention", "(Tensor q, Tensor k, Tensor v, Tensor tiles, float scale, Tensor? cosine=None, Tensor? sine=None)"
                      " -> (Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag)
@@ -34,7 +34,8 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, scale: float
         scale: of the scores; 1 / √C if not given.
         cosine, sine: (T, C / 2) in q's type: q and k are turned by these angles on their way in, and their gradients back.
 
-    Returns: (T, H, C). The same input gives the same bits, forward and backward.
+    Returns: (T, H, C). The same input gives the same bits, forward and backward. Rows of tokens that are in no tile are not written,
+    there and in gradients.
     """
     return torch.ops.engine.attention(q, k, v, tiles, 1 / sqrt(q.shape[-1]) if scale is None else scale, cosine, sine)[0]
 
@@ -58,7 +59,7 @@ def refusal(device: torch.device, dtype: torch.dtype, head_dim: int, windows: Se
         return f"made for heads of {' or '.join(map(str, WIDTHS))}, not {head_dim}"
     if any(window is not None for window in windows):
         return "not made for sliding windows"
-    return _missing(device.type)
+    return _missing(device.type) or _too_old(device)
 
 
 def _missing(kind: str) -> str | None:
@@ -71,6 +72,12 @@ def _missing(kind: str) -> str | None:
     except ImportError as error:
         return f"the extension is not there ({error}); kernels/README.md tells how it is built"
     return None
+
+
+def _too_old(device: torch.device) -> str | None:
+    if device.type != "cuda" or (capability := torch.cuda.get_device_capability(device)) >= LEAST_CAPABILITY:
+        return None
+    return "made for GPUs of capability {}.{} and newer, not {}.{}".format(*LEAST_CAPABILITY, *capability)
 
 
 @torch.library.register_fake("engine::attention")
@@ -87,10 +94,13 @@ def _(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tenso
 def _keep(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     q, k, v, tiles, ctx.scale, cosine, sine = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for a gradient of lse that nobody reads
     ctx.save_for_backward(q, k, v, *output, tiles, cosine, sine)
 
 
-def _gradients(ctx, grad_out: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx, grad_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 7
     q, k, v, out, lse, tiles, cosine, sine = ctx.saved_tensors
     return *torch.ops.engine.attention_backward(grad_out.contiguous(), q, k, v, out, lse, tiles, ctx.scale, cosine, sine), None, None, None, None
 

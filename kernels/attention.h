@@ -11,6 +11,7 @@
 // `start`; `slot` is the place of the document's block 0 among all blocks, which is where lse and delta keep their rows.
 // The forward and grad_q take (tile, query head) pairs, grad_k and grad_v take (tile, key head) pairs and count blocks
 // from the document's end, so the longest-first order of one list serves all of them. A tile of length 0 does nothing.
+// Tokens of no tile are neither read nor written: what out and gradients held there, they hold after.
 //
 // Sums are taken in a fixed order and without atomics: the same input gives the same bits, whatever else is in the list.
 #pragma once

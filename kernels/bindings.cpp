@@ -1,19 +1,23 @@
 // torch's side of attention.h: checks that say what is wrong, memory for results, the device and its current stream.
 //
-// The operators' schemas, shapes and gradients are in engine/fused_attention.py. Nothing here needs a header of CUDA's:
-// tests compile this file together with the emulator, with DEVICE=CPU.
+// The operators' schemas, shapes and gradients are in engine/fused_attention.py. With EMULATED, as tests compile this file
+// together with the emulator, they are for CPUs and nothing of CUDA is needed.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/core/DeviceGuard.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
 
 #include "attention.h"
 
-#ifndef DEVICE
+#ifdef EMULATED
+#define DEVICE CPU
+static void *current_stream(const at::Tensor &) { return nullptr; }
+#else
 #define DEVICE CUDA
+#include <c10/cuda/CUDAStream.h>
+static void *current_stream(const at::Tensor &x) { return c10::cuda::getCurrentCUDAStream(x.device().index()).stream(); }
 #endif
 
 namespace {
@@ -27,19 +31,20 @@ void check(bool holds, const char *what, const Tensor &got, const char *expected
                 ", expected ", expected);
 }
 
+bool aligned(const Tensor &x) { return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0; }
+
 // Heads end to end within a token, tokens a multiple of 16 bytes apart, on one device and of one type.
 void check_rows(const Tensor &x, const char *name, const Tensor &q) {
     check(x.dim() == 3 && x.size(0) == q.size(0) && x.size(2) == q.size(2), name, x, "(tokens, heads, head_dim), with as many tokens and head_dim as q");
     check(x.scalar_type() == q.scalar_type() && x.device() == q.device(), name, x, "q's type and device");
     check(x.size(1) > 0 && x.stride(2) == 1 && (x.stride(1) == x.size(2) || x.size(1) == 1), name, x,
           "a token's heads end to end in memory; call contiguous()");
-    check(x.stride(0) % 8 == 0 && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0, name, x,
-          "tokens that begin at multiples of 16 bytes; call contiguous()");
+    check(x.stride(0) % 8 == 0 && aligned(x), name, x, "tokens that begin at multiples of 16 bytes; call contiguous()");
 }
 
 void check_whole(const Tensor &x, const char *name, c10::IntArrayRef sizes, c10::ScalarType type, const Tensor &q) {
-    check(x.sizes() == sizes && x.scalar_type() == type && x.device() == q.device() && x.is_contiguous(), name, x,
-          c10::str(type, sizes, ", contiguous, on ", q.device()).c_str());
+    if (x.sizes() == sizes && x.scalar_type() == type && x.device() == q.device() && x.is_contiguous() && aligned(x)) return;
+    check(false, name, x, c10::str(type, sizes, ", contiguous, on ", q.device(), ", from a multiple of 16 bytes on").c_str());
 }
 
 Params inputs(const Tensor &q, const Tensor &k, const Tensor &v, const Tensor &tiles, double scale, const std::optional<Tensor> &cosine,
@@ -73,8 +78,7 @@ Params inputs(const Tensor &q, const Tensor &k, const Tensor &v, const Tensor &t
 void run(int (*launch)(const Params &, void *), const Params &params, const Tensor &q) {
     if (params.tile_count == 0) return;
     const c10::DeviceGuard guard(q.device());
-    void *stream = q.is_cuda() ? c10::impl::VirtualGuardImpl(q.device().type()).getStream(q.device()).native_handle() : nullptr;
-    const int error = launch(params, stream);
+    const int error = launch(params, current_stream(q));
     TORCH_CHECK(error == 0, "engine::attention: launch failed with CUDA error ", error, "; is the extension compiled for this GPU? See TORCH_CUDA_ARCH_LIST");
 }
 
@@ -91,14 +95,15 @@ std::tuple<Tensor, Tensor> forward(const Tensor &q, const Tensor &k, const Tenso
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor &grad_out, const Tensor &q, const Tensor &k, const Tensor &v, const Tensor &out, const Tensor &lse,
                                             const Tensor &tiles, double scale, const std::optional<Tensor> &cosine, const std::optional<Tensor> &sine) {
     Params params = inputs(q, k, v, tiles, scale, cosine, sine);
-    check_whole(grad_out, "grad_out", q.sizes(), q.scalar_type(), q);
+    const Tensor grad = aligned(grad_out) ? grad_out : grad_out.clone();  // as a part of a larger one it may begin anywhere
+    check_whole(grad, "grad_out", q.sizes(), q.scalar_type(), q);
     check_whole(out, "out", q.sizes(), q.scalar_type(), q);
     check_whole(lse, "lse", {q.size(1), tiles.size(0), BLOCK}, at::kFloat, q);
     const Tensor grad_q = at::empty(q.sizes(), q.options()), grad_k = at::empty(k.sizes(), k.options()), grad_v = at::empty(v.sizes(), v.options());
     const Tensor delta = at::empty_like(lse);
     params.out = out.data_ptr();  // read alone
     params.lse = lse.data_ptr<float>();
-    params.grad_out = grad_out.const_data_ptr();
+    params.grad_out = grad.const_data_ptr();
     params.grad_q = grad_q.mutable_data_ptr(), params.grad_k = grad_k.mutable_data_ptr(), params.grad_v = grad_v.mutable_data_ptr();
     params.delta = delta.mutable_data_ptr<float>();
     run(attention::backward, params, q);

@@ -147,10 +147,10 @@ __global__ void __launch_bounds__(Kernel::LANES, Kernel::AT_ONCE) entry(const __
 template <class Kernel, class Params>
 int launch(int x, int y, const Params &params, void *stream) {
     static_assert(Kernel::SHARED <= 99 * 1024, "more shared memory than a block has on sm_86, sm_89 and sm_120");
-    cudaError_t error = cudaFuncSetAttribute(entry<Kernel, Params>, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::SHARED);
-    if (error != cudaSuccess) return error;
-    entry<Kernel, Params><<<dim3(x, y), Kernel::LANES, Kernel::SHARED, static_cast<cudaStream_t>(stream)>>>(params);
-    return cudaGetLastError();
+    const cudaError_t error = cudaFuncSetAttribute(entry<Kernel, Params>, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::SHARED);
+    if (error == cudaSuccess) entry<Kernel, Params><<<dim3(x, y), Kernel::LANES, Kernel::SHARED, static_cast<cudaStream_t>(stream)>>>(params);
+    const cudaError_t last = cudaGetLastError();  // also forgets it, or torch would find it after its own next launch
+    return error != cudaSuccess ? error : last;
 }
 
 #else

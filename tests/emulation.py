@@ -76,7 +76,7 @@ def operators() -> None:
     kernels = compile_once(SOURCES, "emulator.cpp", "-std=c++17")
     include, where = [f"-isystem{path}" for path in cpp_extension.include_paths()], [f"-L{path}" for path in cpp_extension.library_paths()]
     link = (*where, str(kernels), "-ltorch_cpu", "-lc10")
-    bindings = compile_once(SOURCES, "bindings.cpp", "-std=c++20", "-DDEVICE=CPU", *include, optimize="-O0", link=link)
+    bindings = compile_once(SOURCES, "bindings.cpp", "-std=c++20", "-DEMULATED", *include, optimize="-O0", link=link)
     torch.ops.load_library(bindings)
 
 

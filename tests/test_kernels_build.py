@@ -1,5 +1,6 @@
 """setup.py and the extension: what is said where it cannot be built, and that it builds, loads and registers where nvcc is."""
 
+import ctypes
 import os
 import re
 import runpy
@@ -29,6 +30,27 @@ def test_without_what_it_needs_the_extension_is_left_out_and_why_is_said(monkeyp
     runpy.run_path("setup.py")
     assert re.search(rf"^engine._C, the CUDA kernels, is not built: {reason}", capsys.readouterr().out, re.MULTILINE)
     assert given["name"] and "ext_modules" not in given
+
+
+# A runtime in whose place no GPU is needed: it keeps an error until it is asked for, as CUDA's does, and knows no kernel.
+RUNTIME = r"""extern "C" {
+int last = 0;
+int cudaFuncSetAttribute(const void *, int, int) { return last = 98; }
+int cudaGetLastError() { const int told = last; last = 0; return told; }
+int cudaPeekAtLastError() { return last; }
+""" + "\n".join(f"int {name}() {{ return 0; }}" for name in (
+    "cudaLaunchKernel", "__cudaLaunchKernel", "__cudaGetKernel", "__cudaPushCallConfiguration", "__cudaPopCallConfiguration", "__cudaRegisterFatBinary",
+    "__cudaRegisterFatBinaryEnd", "__cudaUnregisterFatBinary", "__cudaRegisterFunction", "__cudaInitModule")) + "\n}\n"
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
+def test_a_launch_that_fails_is_told_once(tmp_path):
+    """Or torch would raise it at its own next launch."""
+    (tmp_path / "runtime.cpp").write_text(RUNTIME)
+    command = ["nvcc", "-std=c++17", "-arch=sm_80", "-shared", "-Xcompiler", "-fPIC", "--cudart=none", "-o", "it.so", "runtime.cpp", ROOT / "kernels/probe.cu"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    library = ctypes.CDLL(str(tmp_path / "it.so"))
+    assert library.probe(bytes(32), 0) == 98 and library.cudaPeekAtLastError() == 0
 
 
 @pytest.mark.faults

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import TINY
 from emulation import operators
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from engine import attention, bench, fused_attention, verify
@@ -106,6 +107,45 @@ def test_parts_of_one_projection_need_no_copies():
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True)) and [x.is_contiguous() for x in parts] == [False] * 3
 
 
+def astray(x: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy that does not begin at a multiple of 16 bytes."""
+    return torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x)
+
+
+def test_a_gradient_may_begin_anywhere_and_what_is_kept_may_not():
+    given, tiles = [x.detach() for x in inputs()], tile_list(LENGTHS)
+    out, lse = torch.ops.engine.attention(*given, tiles, 0.125)
+    found = [torch.ops.engine.attention_backward(grad, *given, out, lse, tiles, 0.125) for grad in (out, astray(out))]
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    with pytest.raises(RuntimeError, match="lse is Float.*from a multiple of 16 bytes"):
+        torch.ops.engine.attention_backward(out, *given, out, astray(lse), tiles, 0.125)
+
+
+def test_the_backward_is_one_operator_and_no_gradient_is_made_of_nothing():
+    leaves, traced = inputs(), []
+
+    class Trace(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, given=(), named=None):
+            traced.append(str(operator))
+            return operator(*given, **named or {})
+
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(_, x):
+            return x.sum()
+
+        @staticmethod
+        def backward(*_):
+            return None
+
+    out = fused_attention.fused_attention(*leaves, tile_list(LENGTHS))
+    grad = torch.ones_like(out)
+    with Trace():
+        torch.autograd.grad(out, leaves, grad, retain_graph=True)
+    assert [name for name in traced if "detach" not in name] == ["engine.attention_backward.default"]
+    assert torch.autograd.grad(Nothing.apply(out), leaves, allow_unused=True) == (None, None, None)
+
+
 @pytest.mark.parametrize(("spoil", "message"), [
     (lambda q, k, v, tiles: (q.float(), k, v, tiles), "q is Float.*expected bfloat16 or float16"),
     (lambda q, k, v, tiles: (q[:, :, :32], k, v, tiles), "q is .*expected .* head_dim of 64 or 128"),
@@ -118,6 +158,8 @@ def test_parts_of_one_projection_need_no_copies():
     (lambda q, k, v, tiles: (q, k, v, tiles.long()), r"tiles is Long.*expected Int\[4, 4\], contiguous"),
     (lambda q, k, v, tiles: (q, k, v, tiles, -1.0), "scale is -1, expected more than 0"),
     (lambda q, k, v, tiles: (q, k, v, tiles, None, q[:, 0, :32].contiguous()), "expected cosine and sine or neither"),
+    (lambda q, k, v, tiles: (q, k, v, tiles, None, *2 * (astray(q[:, 0, :32]),)), r"cosine is .*\[130, 32\], contiguous, on cpu, from a multiple of 16"),
+    (lambda q, k, v, tiles: (q, k, v, torch.zeros(65536, 4, dtype=torch.int32)), "65536 tiles, expected at most 65535; split the batch"),
 ])
 def test_what_the_kernels_do_not_take_is_said(spoil, message):
     with pytest.raises(RuntimeError, match=message), torch.no_grad():
