@@ -11,7 +11,7 @@ from conftest import ROOT
 from packs import BF16, FP16, Case, judge, make
 
 from engine import attention
-from engine.fused_attention import BLOCK, fused_attention, refusal
+from engine.fused_attention import BLOCK, fused_attention, refusal, tile_list
 
 WHY_NOT = refusal(torch.device("cuda"), BF16, 64, ()) if torch.cuda.is_available() else "needs a CUDA device"
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
@@ -47,10 +47,32 @@ def test_on_a_stream_of_its_own_and_after_much_else():
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
-def test_the_run_takes_them():
-    heads = SimpleNamespace(num_attention_heads=32, num_key_value_heads=8, head_dim=64, windows=(None,))
-    path, why = attention.choose("auto", torch.device("cuda"), BF16, heads)
+@pytest.mark.parametrize("width", [64, 128])
+def test_the_run_takes_them(width):
+    heads = SimpleNamespace(num_attention_heads=32, num_key_value_heads=8, head_dim=width, windows=(None,))
+    path, why = attention.choose("fused", torch.device("cuda"), BF16, heads)
     assert path == "fused", why
+
+
+def test_more_blocks_than_the_gpu_takes_at_once():
+    lengths = torch.randint(1, 101, (200,), generator=torch.Generator().manual_seed(5)).tolist()
+    case, grad = make(lengths, 8, 2, 64, BF16, True)
+    assert 8 * len(case.tiles) > 4 * torch.cuda.get_device_properties(0).multi_processor_count
+    judge(launch(case, grad), case, lengths, grad)
+
+
+def test_what_lies_beyond_two_to_the_31_is_reached():
+    """Some 20 GB: the last document gets the bits that it gets alone."""
+    if torch.cuda.mem_get_info()[0] < 30e9:
+        pytest.skip("needs 30 GB of a GPU's memory")
+    lengths, draw = [700] * 750, torch.Generator("cuda").manual_seed(0)
+    whole = [torch.randn(sum(lengths), heads, 128, generator=draw, device="cuda", dtype=BF16) for heads in (32, 4, 4, 32)]
+    found = []
+    for *leaves, grad in (whole, [x[-700:] for x in whole]):
+        leaves = [x.detach().requires_grad_() for x in leaves]
+        out = fused_attention(*leaves, tile_list([700] * (len(grad) // 700)).cuda())
+        found.append([x[-700:] for x in (out.detach(), *torch.autograd.grad(out, leaves, grad))])
+    assert whole[0].numel() > 2**31 and all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])

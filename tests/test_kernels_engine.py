@@ -1,7 +1,9 @@
 """The fused kernels as the engine uses them, with the emulator in the place of a GPU: the operators, and every path of attention alike."""
 
 import json
-from types import SimpleNamespace
+import sys
+from itertools import count
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from engine import attention, bench, fused_attention, verify
 from engine.attention import PackedAttention
-from engine.errors import USER, EngineError
+from engine.errors import BUG, USER, EngineError
 from engine.fused_attention import tile_list
 from engine.loss import summed_cross_entropy
 from engine.models import weights
@@ -20,11 +22,18 @@ from engine.models import weights
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 HEADS = SimpleNamespace(num_attention_heads=4, num_key_value_heads=2, head_dim=64, windows=(None,))
 LENGTHS = [70, 1, 9, 50]
+COUNT = count()
 
 
 @pytest.fixture(autouse=True, scope="module")
 def emulated():
     operators()
+
+
+@pytest.fixture(autouse=True)
+def shorter(monkeypatch):
+    """Documents for the trial before a run; the emulator would take a minute for those that a GPU is tried on."""
+    monkeypatch.setattr(attention, "TRIED", (1, 65, 3))
 
 
 @pytest.fixture
@@ -41,7 +50,7 @@ def wide(tiny, tmp_path):
 
 def inputs(tokens: int = sum(LENGTHS), dtype: torch.dtype = BF16) -> list[torch.Tensor]:
     draw = torch.Generator().manual_seed(0)
-    return [torch.randn(tokens, count, 64, generator=draw).to(dtype).requires_grad_() for count in (4, 2, 2)]
+    return [torch.randn(tokens, number, 64, generator=draw).to(dtype).requires_grad_() for number in (4, 2, 2)]
 
 
 # ---- The operators -------------------------------------------------------------------------------------------------------
@@ -146,6 +155,22 @@ def test_the_backward_is_one_operator_and_no_gradient_is_made_of_nothing():
     assert torch.autograd.grad(Nothing.apply(out), leaves, allow_unused=True) == (None, None, None)
 
 
+def test_what_lies_beyond_two_to_the_31_is_reached():
+    """The last document of many: of all the others, which no tile names, no page of memory is ever touched."""
+    tokens, heads, (tile, second) = 2**31 // (8 * 64), (8, 1, 1, 8), tile_list([70]).tolist()
+    draw = torch.Generator().manual_seed(0)
+    alone = [torch.randn(70, number, 64, generator=draw).to(BF16) for number in heads]
+    whole = [torch.empty(tokens + 70, number, 64, dtype=BF16) for number in heads]
+    for x, last in zip(whole, alone, strict=True):
+        x[tokens:] = last
+    found = []
+    for start, (q, k, v, grad) in ((0, alone), (tokens, whole)):
+        tiles = torch.tensor([[start, *tile[1:]], [start, *second[1:]]], dtype=torch.int32)
+        out, lse = torch.ops.engine.attention(q, k, v, tiles, 0.125)
+        found.append([x[start:] for x in (out, *torch.ops.engine.attention_backward(grad, q, k, v, out, lse, tiles, 0.125))])
+    assert whole[0].numel() > 2**31 and all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize(("spoil", "message"), [
     (lambda q, k, v, tiles: (q.float(), k, v, tiles), "q is Float.*expected bfloat16 or float16"),
     (lambda q, k, v, tiles: (q[:, :, :32], k, v, tiles), "q is .*expected .* head_dim of 64 or 128"),
@@ -232,17 +257,57 @@ def test_verify_holds_on_the_fused_path(ranks, recipe, wide):
 
 def test_the_choice_tries_the_kernels_and_says_why(monkeypatch):
     path, why = attention.choose("fused", CPU, BF16, HEADS)
-    assert path == "fused" and "× the reference's own error on 4/2 heads of 64; asked for" in why
-    monkeypatch.setattr(attention, "_try_fused", lambda *_: (True, "fused kernels: tried"))
-    assert attention.choose("auto", torch.device("cuda"), BF16, HEADS) == ("fused", "fused kernels: tried; one launch for all documents")
+    assert path == "fused" and "× the error of torch's own on 4/2 heads of 64; asked for" in why
     assert attention.choose("auto", CPU, BF16, HEADS)[0] == "cpu"
+
+
+@pytest.mark.faults
+def test_the_trial_holds_on_all_its_lengths(monkeypatch):
+    monkeypatch.undo()
+    assert {1, 64, 65, 700} <= set(attention.TRIED) and len(attention.TRIED) > 40
+    ratio, same = attention._trial(CPU, BF16, SimpleNamespace(**{**vars(HEADS), "num_attention_heads": 2, "num_key_value_heads": 1}))
+    assert ratio <= 1.5 and same
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A device of capability 9.0 as far as the choice asks, with the extension built; what is tried there is tried here."""
+    monkeypatch.setitem(sys.modules, "engine._C", ModuleType("engine._C"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(attention, "_trial", lambda device, dtype, heads, trial=attention._trial: trial(CPU, dtype, heads))
+    return torch.device("cuda")
+
+
+def test_auto_takes_the_kernels_where_they_were_timed(gpu, monkeypatch):
+    path, why = attention.choose("auto", gpu, BF16, HEADS)
+    assert path == "sdpa" and why.endswith("not fused: not timed on GPUs of capability 9.0 yet; train.attention=fused takes them")
+    assert attention.choose("fused", gpu, BF16, HEADS)[0] == "fused"
+    monkeypatch.setattr(attention, "FASTER", {(9, 0)})
+    path, why = attention.choose("auto", gpu, BF16, HEADS)
+    assert path == "fused" and why.endswith("heads of 64; one launch for all documents")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    with pytest.raises(EngineError, match="made for GPUs of capability 8.0 and newer, not 7.5"):
+        attention.choose("fused", gpu, BF16, HEADS)
+
+
+def test_a_fault_of_the_kernels_ends_the_run(gpu, monkeypatch):
+    def fault(*_):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nand more")
+
+    monkeypatch.setattr(attention, "_trial", fault)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)  # a launch failed, and the device works on
+    assert attention._try_fused(gpu, BF16, HEADS, True) == (False, "CUDA error: an illegal memory access was encountered")
+    monkeypatch.setattr(torch.cuda, "synchronize", fault)
+    with pytest.raises(EngineError, match=r"the fused kernels faulted on cuda \(CUDA error: an illegal.* set train.attention=sdpa") as caught:
+        attention.choose("fused", gpu, BF16, HEADS)
+    assert caught.value.exit_code == BUG
 
 
 @pytest.mark.parametrize(("heads", "dtype", "reason"), [
     ({"head_dim": 48}, BF16, "made for heads of 64 or 128, not 48"), ({"windows": (None, 128)}, BF16, "not made for sliding windows"),
     ({}, torch.float32, "made for bf16 and fp16, not float32"), ({}, BF16, r"the extension is not there \(.*\); kernels/README.md")])
 def test_what_the_kernels_do_not_do_goes_another_way(monkeypatch, heads, dtype, reason):
-    monkeypatch.setitem(__import__("sys").modules, "engine._C", None)  # as where it is not built
+    monkeypatch.setitem(sys.modules, "engine._C", None)  # as where it is not built
     heads, cuda = SimpleNamespace(**{**vars(HEADS), **heads}), torch.device("cuda")
     path, why = attention.choose("auto", cuda, dtype, heads)
     assert path == "sdpa"
@@ -251,12 +316,15 @@ def test_what_the_kernels_do_not_do_goes_another_way(monkeypatch, heads, dtype, 
     assert caught.value.exit_code == USER and str(caught.value).split("fused: ")[1].split("; set")[0] in why
 
 
-@pytest.mark.parametrize("spoil", [lambda x: x * 1.02, lambda x: x * float("nan"), lambda x: (_ for _ in ()).throw(RuntimeError("no kernel image"))])
-def test_kernels_that_are_wrong_are_not_used(monkeypatch, spoil):
+@pytest.mark.parametrize(("spoil", "reason"), [
+    (lambda x: x * 1.02, "expected at most 2 ×"), (lambda x: x * float("nan"), "expected at most 2 ×"),
+    (lambda x: x + 1e-4 * next(COUNT), "other bits when run again, expected the same"),
+    (lambda x: (_ for _ in ()).throw(RuntimeError("no kernel image")), "no kernel image")])
+def test_kernels_that_are_wrong_are_not_used(monkeypatch, spoil, reason):
     right = fused_attention.fused_attention
     monkeypatch.setattr(fused_attention, "fused_attention", lambda *given: spoil(right(*given)))
-    used, why = attention._try_fused(CPU, BF16, HEADS)
-    assert not used and ("expected at most 2 ×" in why or "no kernel image" in why)
+    used, why = attention._try_fused(CPU, BF16, HEADS, True)
+    assert not used and reason in why
     with pytest.raises(EngineError, match="set train.attention=auto"):
         attention.choose("fused", CPU, BF16, HEADS)
 
