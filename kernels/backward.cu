@@ -12,11 +12,9 @@
 
 namespace attention {
 
-constexpr int strip(int width) { return width == 128 ? 32 : BLOCK; }  // as many scores at once as registers allow
-
 template <class T, int C>
 struct GradQ {
-    static constexpr int STRIP = strip(C);
+    static constexpr int STRIP = 32;  // of scores at once; more, and registers do not suffice
     using B = Blocks<T, C, STRIP>;
     static constexpr int LANES = THREADS, SHARED = 4 * B::BYTES, AT_ONCE = C == 64 ? 3 : 2;
 
@@ -24,7 +22,7 @@ struct GradQ {
         const Tile tile = p.tiles[simt.block_y()];
         if (tile.length == 0) return;
         const Place place(tile, false);
-        const int head = simt.block_x();
+        const int head = simt.block_x(), warp = simt.warp();
         const int64_t stride = static_cast<int64_t>(p.heads) * C, own = place.first * stride + head * C;
         const Angles angles{p, place.first};
         const Keys<T, C, B> keys(p, place, head);
@@ -67,28 +65,37 @@ struct GradQ {
         const float scale = p.scale * LOG2_E;
         typename B::Output grad_q;
         clear(grad_q);
-        for (int block = place.block; block >= 0; --block) {
-            const uint32_t k = keys.next(simt, block), v = k + B::BYTES;
+        const auto take = [&](uint32_t k, Pieces pieces, bool diagonal) INLINE {
+            const uint32_t v = k + B::BYTES;
             UNROLL_BY(1)
             for (int first = 0; first < BLOCK; first += STRIP) {
+                const Pieces here = B::of_strip(pieces, first);
+                if (here == 0) continue;
                 typename B::Scores scores, slopes;
                 clear(scores);
                 clear(slopes);
                 UNROLL
-                for (int step = 0; step < B::STEPS; ++step) B::multiply_transposed(simt, scores, queries[step], k, first, step);
+                for (int step = 0; step < B::STEPS; ++step) B::multiply_transposed(simt, scores, queries[step], k, first, step, here);
                 UNROLL
-                for (int step = 0; step < B::STEPS; ++step) B::multiply_transposed(simt, slopes, grads[step], v, first, step);
+                for (int step = 0; step < B::STEPS; ++step) B::multiply_transposed(simt, slopes, grads[step], v, first, step, here);
                 UNROLL
                 for (int n = 0; n < STRIP / 8; ++n) {
+                    if (!has(here, 8 * n)) continue;
                     UNROLL
                     for (int i = 0; i < 4; ++i) {
                         const int key = first + 8 * n + B::lane_column(simt) + i % 2, query = B::warp_row(simt) + B::lane_row(simt) + 8 * (i / 2);
-                        const bool hidden = block == place.block && key > query;
+                        const bool hidden = diagonal && key > query;
                         slopes[n][i] = hidden ? 0.f : simt.exp2(fmaf(scores[n][i], scale, -lse[i / 2])) * (slopes[n][i] - delta[i / 2]);
                     }
                 }
-                B::multiply(simt, grad_q, slopes, k, first);
+                B::multiply(simt, grad_q, slopes, k, first, here);
             }
+        };
+        for (int block = place.block; block >= 0; --block) {
+            const uint32_t k = keys.next(simt, block);
+            if (warp * WARP_ROWS >= place.rows) continue;
+            if (block == place.block) take(k, (2 << warp) - 1, true);
+            else take(k, ALL_PIECES, false);
         }
 
         UNROLL
@@ -104,7 +111,7 @@ struct GradQ {
 
 template <class T, int C>
 struct GradKV {
-    static constexpr int STRIP = strip(C);
+    static constexpr int STRIP = C == 128 ? 32 : BLOCK;
     using B = Blocks<T, C, STRIP>;
     static constexpr int LSE = BLOCK * 4, STAGE = 2 * B::BYTES + 2 * LSE;  // bytes: of a block's lse, and of delta; of a stage
     static constexpr int LANES = THREADS, SHARED = 2 * B::BYTES + 2 * STAGE, AT_ONCE = 2;
@@ -113,7 +120,7 @@ struct GradKV {
         const Tile tile = p.tiles[simt.block_y()];
         if (tile.length == 0) return;
         const Place place(tile, true);
-        const int kv_head = simt.block_x(), group = p.heads / p.kv_heads;
+        const int kv_head = simt.block_x(), warp = simt.warp(), group = p.heads / p.kv_heads;
         const int64_t stride = static_cast<int64_t>(p.heads) * C, kv_stride = static_cast<int64_t>(p.kv_heads) * C;
         const T *q = static_cast<const T *>(p.q) + place.start * p.q_stride;
         const T *grad_out = static_cast<const T *>(p.grad_out) + place.start * stride;
@@ -147,16 +154,12 @@ struct GradKV {
         typename B::Output grad_k, grad_v;
         clear(grad_k);
         clear(grad_v);
-        for (int step = 0; step < steps; ++step) {
-            const int block = query_block(step);
-            simt.wait<0>();
-            B::rotate(simt, stage(step), Angles{p, place.start + block * BLOCK}, query_rows(step));
-            simt.barrier();  // this stage has come for all, and all have done with the other
-            if (step + 1 < steps) load_queries(step + 1);
-            const uint32_t queries = stage(step), grads = queries + B::BYTES, lses = grads + B::BYTES, deltas = lses + LSE;
-
+        const auto take = [&](uint32_t queries, Pieces pieces, bool diagonal) INLINE {
+            const uint32_t grads = queries + B::BYTES, lses = grads + B::BYTES, deltas = lses + LSE;
             UNROLL_BY(1)
             for (int first = 0; first < BLOCK; first += STRIP) {
+                const Pieces here = B::of_strip(pieces, first);
+                if (here == 0) continue;
                 typename B::Scores scores, slopes;
                 clear(scores);
                 clear(slopes);
@@ -164,33 +167,46 @@ struct GradKV {
                 for (int k = 0; k < B::STEPS; ++k) {
                     Fragment rows;
                     simt.ldmatrix(rows, B::left(simt, keys, B::warp_row(simt), 2 * k));
-                    B::multiply_transposed(simt, scores, rows, queries, first, k);
+                    B::multiply_transposed(simt, scores, rows, queries, first, k, here);
                 }
                 UNROLL
                 for (int n = 0; n < STRIP / 8; ++n) {
+                    if (!has(here, 8 * n)) continue;
                     const float2 lse = simt.load_shared8(lses + (first + 8 * n + B::lane_column(simt)) * 4);
                     UNROLL
                     for (int i = 0; i < 4; ++i) {
                         const int query = first + 8 * n + B::lane_column(simt) + i % 2, key = B::warp_row(simt) + B::lane_row(simt) + 8 * (i / 2);
-                        const bool hidden = block == place.block && key > query;
+                        const bool hidden = diagonal && key > query;
                         scores[n][i] = hidden ? 0.f : simt.exp2(fmaf(scores[n][i], scale, -(i % 2 ? lse.y : lse.x) * LOG2_E));
                     }
                 }
-                B::multiply(simt, grad_v, scores, grads, first);
+                B::multiply(simt, grad_v, scores, grads, first, here);
                 UNROLL_BY(2)  // more, and registers do not suffice
                 for (int k = 0; k < B::STEPS; ++k) {
                     Fragment rows;
                     simt.ldmatrix(rows, B::left(simt, values, B::warp_row(simt), 2 * k));
-                    B::multiply_transposed(simt, slopes, rows, grads, first, k);
+                    B::multiply_transposed(simt, slopes, rows, grads, first, k, here);
                 }
                 UNROLL
                 for (int n = 0; n < STRIP / 8; ++n) {
+                    if (!has(here, 8 * n)) continue;
                     const float2 delta = simt.load_shared8(deltas + (first + 8 * n + B::lane_column(simt)) * 4);
                     UNROLL
                     for (int i = 0; i < 4; ++i) slopes[n][i] = scores[n][i] * (slopes[n][i] - (i % 2 ? delta.y : delta.x));
                 }
-                B::multiply(simt, grad_k, slopes, queries, first);
+                B::multiply(simt, grad_k, slopes, queries, first, here);
             }
+        };
+        for (int step = 0; step < steps; ++step) {
+            const int block = query_block(step), rows = query_rows(step);
+            simt.wait<0>();
+            B::rotate(simt, stage(step), Angles{p, place.start + block * BLOCK}, rows);
+            simt.barrier();  // this stage has come for all, and all have done with the other
+            if (step + 1 < steps) load_queries(step + 1);
+            if (warp * WARP_ROWS >= place.rows) continue;
+            const bool diagonal = block == place.block;
+            if (diagonal || rows < BLOCK) take(stage(step), (1 << (rows + 15) / 16) - (1 << (diagonal ? warp : 0)), diagonal);
+            else take(stage(step), ALL_PIECES, false);
         }
 
         UNROLL

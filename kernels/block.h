@@ -15,6 +15,13 @@ constexpr float LOG2_E = 1.4426950408889634f;
 using Fragment = uint32_t[4];  // a 16x16 piece of a left operand, or two 16x8 pieces of a right one
 using Sums = float[4];         // a 16x8 piece of a product
 
+// Which of a block's columns, in pieces of 16 and a bit for each, have something in them for a warp: it leaves out what lies wholly
+// over the diagonal or past a document's end. The same for all its lanes, so that what they do together can be left out.
+using Pieces = int;
+constexpr Pieces ALL_PIECES = -1;  // which stays what it is where a strip's are shifted to the front
+
+SIMT bool has(Pieces pieces, int column) { return pieces >> column / 16 & 1; }
+
 // The angles by which q and k are turned, where they are, from a token on.
 struct Angles {
     const Params &p;
@@ -94,10 +101,14 @@ struct Blocks {
         for (int k = 0; k < STEPS; ++k) simt.ldmatrix(rows[k], left(simt, block, warp_row(simt), 2 * k));
     }
 
-    // One step of rows x transpose of a strip: scores += rows[:, 16k : 16k + 16] block[strip : strip + STRIP, 16k : 16k + 16]^T.
-    SIMT static void multiply_transposed(Simt &simt, Scores &scores, const Fragment &rows, uint32_t block, int strip, int k) {
+    // Those of a block's pieces that are of a strip, counted from its first column.
+    SIMT static Pieces of_strip(Pieces pieces, int strip) { return pieces >> strip / 16 & ((1 << STRIP / 16) - 1); }
+
+    // One step of rows x transpose of a strip's pieces: scores += rows[:, 16k : 16k + 16] block[strip : strip + STRIP, 16k : 16k + 16]^T.
+    SIMT static void multiply_transposed(Simt &simt, Scores &scores, const Fragment &rows, uint32_t block, int strip, int k, Pieces pieces) {
         UNROLL
         for (int n = 0; n < STRIP / 8; n += 2) {
+            if (!has(pieces, 8 * n)) continue;
             Fragment columns;
             simt.ldmatrix(columns, right(simt, block, strip + 8 * n, 2 * k));
             simt.mma<T>(scores[n], rows, columns[0], columns[1]);
@@ -105,10 +116,11 @@ struct Blocks {
         }
     }
 
-    // output += weights block[strip : strip + STRIP]. Sums of one product already are where the left operand of the next has them.
-    SIMT static void multiply(Simt &simt, Output &output, const Scores &weights, uint32_t block, int strip) {
+    // output += weights block[strip : strip + STRIP], of pieces. Sums of one product already are where the left operand of the next has them.
+    SIMT static void multiply(Simt &simt, Output &output, const Scores &weights, uint32_t block, int strip, Pieces pieces) {
         UNROLL
         for (int k = 0; k < STRIP / 16; ++k) {
+            if (!has(pieces, 16 * k)) continue;
             const Sums &near = weights[2 * k], &far = weights[2 * k + 1];
             const Fragment rows = {simt.pack<T>(near[0], near[1]), simt.pack<T>(near[2], near[3]), simt.pack<T>(far[0], far[1]), simt.pack<T>(far[2], far[3])};
             UNROLL

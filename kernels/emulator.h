@@ -284,6 +284,7 @@ public:
     explicit Simt(emulator::Lane &lane) : lane(lane) {}
 
     int thread() const { return lane.thread; }
+    int warp() const { return lane.thread / emulator::WARP; }
     int block_x() const { return lane.block_x; }
     int block_y() const { return lane.block_y; }
     uint32_t shared() const { return 0; }

@@ -16,7 +16,7 @@ struct Forward {
         const Tile tile = p.tiles[simt.block_y()];
         if (tile.length == 0) return;
         const Place place(tile, false);
-        const int head = simt.block_x();
+        const int head = simt.block_x(), warp = simt.warp();
         const Keys<T, C, B> keys(p, place, head);
 
         // q comes by way of the stage that is not needed yet.
@@ -35,13 +35,13 @@ struct Forward {
         typename B::Output output;
         clear(output);
 
-        for (int block = place.block; block >= 0; --block) {
-            const uint32_t k = keys.next(simt, block), v = k + B::BYTES;
+        const auto take = [&](uint32_t k, Pieces pieces, bool diagonal) INLINE {
+            const uint32_t v = k + B::BYTES;
             typename B::Scores scores;
             clear(scores);
             UNROLL
-            for (int step = 0; step < B::STEPS; ++step) B::multiply_transposed(simt, scores, queries[step], k, 0, step);
-            if (block == place.block) {
+            for (int step = 0; step < B::STEPS; ++step) B::multiply_transposed(simt, scores, queries[step], k, 0, step, pieces);
+            if (diagonal) {
                 UNROLL
                 for (int n = 0; n < BLOCK / 8; ++n) {
                     UNROLL
@@ -62,6 +62,7 @@ struct Forward {
                 sum[half] *= shrink;  // of the lane's own columns; lanes come together at the end
                 UNROLL
                 for (int n = 0; n < BLOCK / 8; ++n) {
+                    if (!has(pieces, 8 * n)) continue;
                     UNROLL
                     for (int i = 2 * half; i < 2 * half + 2; ++i) {
                         scores[n][i] = simt.exp2(fmaf(scores[n][i], scale, -most * scale));
@@ -71,7 +72,13 @@ struct Forward {
                 UNROLL
                 for (int n = 0; n < C / 8; ++n) output[n][2 * half] *= shrink, output[n][2 * half + 1] *= shrink;
             }
-            B::multiply(simt, output, scores, v, 0);
+            B::multiply(simt, output, scores, v, 0, pieces);
+        };
+        for (int block = place.block; block >= 0; --block) {
+            const uint32_t k = keys.next(simt, block);
+            if (warp * WARP_ROWS >= place.rows) continue;
+            if (block == place.block) take(k, (2 << warp) - 1, true);
+            else take(k, ALL_PIECES, false);
         }
 
         float *lse = p.lse + (static_cast<int64_t>(head) * p.tile_count + tile.slot + place.block) * BLOCK;

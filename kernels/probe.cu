@@ -65,6 +65,7 @@ struct Probe {
         found[22] = simt.template pack<T>(1.00390625f, 1.01171875f);
         found[23] = simt.template pack<T>(1.00048828125f, 1.00146484375f);
         found[24] = simt.block_x() + simt.block_y();
+        found[25] = simt.warp();
 
         // Numbers 9: powers of two; 11: a product of words, and sums of the lane's floats.
         numbers[9] = simt.exp2(floats[1]), numbers[10] = simt.exp2(-INFINITY);

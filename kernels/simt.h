@@ -7,11 +7,12 @@
 //   mma                        c (16x8, fp32) += a (16x16) b (16x8)
 //   copy_async, commit, wait   16 bytes from global to shared memory, zeros if not `valid`; there once `wait<n>` has left
 //                              at most n of the lane's commits open, and for other lanes after a barrier on top of that
+//   warp                       thread / 32, in a way that tells the compiler that all lanes of a warp have the same
 //   barrier                    of all lanes of the block
 //   xor_lane                   the value of the lane whose number differs by `mask`
 //   load_shared, store_shared  4, 8 or 16 bytes; load, store: 16 bytes of global memory
 //
-// Members that work on shared memory, and mma and xor_lane, are called by all lanes of a warp together.
+// Members that work on shared memory, and mma, xor_lane and warp, are called by all lanes of a warp together.
 //
 // Where a fragment's elements are, by lane = 4 * g + t (PTX ISA, "Matrix fragments for mma.m16n8k16"):
 //   a[0] (g, 2t) (g, 2t+1)   a[1] (g+8, ...)   a[2] (g, 2t+8) (g, 2t+9)   a[3] (g+8, ...)
@@ -32,12 +33,14 @@ struct alignas(16) Words {
 #ifdef __CUDACC__
 
 #define SIMT __device__ __forceinline__
+#define INLINE __attribute__((always_inline))  // of a lambda
 #define UNROLL _Pragma("unroll")
 #define UNROLL_BY(n) PRAGMA(unroll n)
 #define PRAGMA(text) _Pragma(#text)
 
 struct Simt {
     SIMT int thread() const { return threadIdx.x; }
+    SIMT int warp() const { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
     SIMT int block_x() const { return blockIdx.x; }
     SIMT int block_y() const { return blockIdx.y; }
 
@@ -156,6 +159,7 @@ int launch(int x, int y, const Params &params, void *stream) {
 #else
 
 #define SIMT inline
+#define INLINE
 #define UNROLL
 #define UNROLL_BY(n)
 #include "emulator.h"

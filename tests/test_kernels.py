@@ -136,18 +136,38 @@ def test_bits_depend_neither_on_the_order_of_the_lanes_nor_on_the_neighbours(wid
 
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(1, 1, 64), (4, 1, 64), (4, 2, 128)])
 def test_work_is_that_of_the_documents_alone(heads, kv_heads, width):
-    lengths = [200, 1, 64, 65]
+    """Counted in pieces of 16 x 16 scores, of which a warp takes those that a token of its 16 sees, and no other."""
+    lengths = [200, 1, 64, 65, 18]
     case, grad = make(lengths, heads, kv_heads, width, BF16, False, capacity=20)
     _, _, (forward, backward) = launch(case, grad)
-    blocks = [-(-length // BLOCK) for length in lengths]
-    pairs = heads * sum(n * (n + 1) // 2 for n in blocks)
-    product_of_blocks = BLOCK * BLOCK * width // (16 * 8 * 16)
-    assert forward.mma == 2 * pairs * product_of_blocks and backward.mma == 7 * pairs * product_of_blocks
+    warps = [-(-length // 16) for length in lengths]  # that have tokens, of a document
+    pieces, steps = heads * sum(n * (n + 1) // 2 for n in warps), width // 16
+    # A piece takes, of each of its products, `steps` times one ldmatrix.x4 and two mma.
+    assert forward.mma == 2 * 2 * steps * pieces and backward.mma == 7 * 2 * steps * pieces
+
+    rows = [[min(BLOCK, length - i * BLOCK) for i in range(-(-length // BLOCK))] for length in lengths]
+    tiles = heads * sum(map(len, rows))
+    # Besides, the forward reads q, grad_q's kernel q, grad_out and out, by all four warps of a tile; grad_k's for each strip that a warp takes
+    # of a block of queries, its keys and values.
+    strips = heads * sum(taken(length, 32 if width == 128 else BLOCK) for length in lengths)
+    assert forward.ldmatrix == 2 * steps * pieces + 4 * steps * tiles
+    assert backward.ldmatrix == 7 * steps * pieces + 3 * 4 * steps * tiles + 2 * steps * strips
+
+    # An exponential for each score of a piece; in the forward, two more a lane and block of keys for what came before; in the backward none
+    # for what the diagonal hides.
+    blocks_of_keys = heads * sum(j // BLOCK + 1 for length in lengths for j in range(0, length, 16))
+    diagonal = heads * sum(warps)
+    assert forward.exp2 == 256 * pieces + 2 * 32 * blocks_of_keys and backward.exp2 == 2 * (256 * (pieces - diagonal) + 136 * diagonal)
+
     # Blocks that are whole are copied whole; of the last of a document, the tokens that it has.
-    rows = [[min(BLOCK, length - i * BLOCK) for i in range(n)] for length, n in zip(lengths, blocks, strict=True)]
     keys = sum(sum(document[: i + 1]) for document in rows for i in range(len(document)))
     assert forward.copied_bytes == 2 * width * heads * (sum(lengths) + 2 * keys)
-    assert forward.exp2 == pairs * (BLOCK * BLOCK + 2 * 128)
+
+
+def taken(length: int, strip: int) -> int:
+    """Strips of queries in which a warp's 16 keys are seen, over all of a document's warps."""
+    blocks = range(0, length, BLOCK)
+    return sum(-(-min(BLOCK, length - query) // strip) - max(0, key - query) // strip for key in range(0, length, 16) for query in blocks[key // BLOCK :])
 
 
 def test_tiles_are_longest_first_and_name_every_block_once():
@@ -185,6 +205,11 @@ RARER = {
     "lse of padded rows": ("forward.cu", r"row < place.rows \? (.*) : INFINITY", r"\1", "past the end"),
     "turned the wrong way back": ("block.h", r"x \* c.x \+ second\[0\]", "x * c.x - second[0]", "grad_q: "),
     "mask of the keys": ("backward.cu", r"(key > query);\n(.*\n){0,3}?(.*scores\[n\]\[i\] = hidden)", r"key >= query;\n\2\3", "grad_[kv]: "),
+    "a piece too few under the diagonal": ("forward.cu", r"\(2 << warp\) - 1", "(1 << warp) - 1", "out: "),
+    "a piece too few of grad_q": ("backward.cu", r"\(2 << warp\) - 1", "(1 << warp) - 1", "grad_q: "),
+    "last queries left out": ("backward.cu", r"\(rows \+ 15\)", "rows", "grad_[kv]: "),
+    "a warp too many left out": ("backward.cu", r"(keys.next.*\n *if \(warp \* WARP_ROWS) >=", r"\1 + 15 >=", "grad_q: "),
+    "barrier inside of a guard": ("backward.cu", r"(simt.barrier\(\);  // this stage)", r"if (warp * WARP_ROWS >= place.rows) continue;\n\1", "nobody|never"),
     "uneven barrier": ("forward.cu", r"(simt.barrier\(\);\n *B::store)", r"if (simt.thread() < 64) \1", "race: |different calls|never reach"),
 }
 

@@ -77,7 +77,8 @@ def test_the_emulator_does_what_the_manual_says(emulated, dtype):
     assert (numbers[:, 7:9] == wide[:, :2]).all(), "unpack"
     given = torch.tensor([[70000.0, -1e-9], [1.00390625, 1.01171875], [1.00048828125, 1.00146484375]]).expand(LANES, 3, 2)
     packed = torch.cat([torch.from_numpy(floats[:, None, 2:]), given], 1).to(dtype).view(torch.int32).numpy().view(np.uint32)[..., 0]
-    assert (found[:, 20:24] == packed).all() and (found[:, 24] == 0).all(), "pack"
+    assert (found[:, 20:24] == packed).all(), "pack"
+    assert (found[:, 24] == 0).all() and (found[:, 25] == lane // 32).all(), "block, warp"
     assert np.allclose(numbers[:, 9], np.exp2(floats[:, 1].astype(np.float64)), rtol=3e-7) and (numbers[:, 10] == 0).all(), "exp2"
 
     # Fragments of mma.m16n8k16, by the manual's formulas for the row and column of each element of a lane.
