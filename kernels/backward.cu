@@ -33,8 +33,7 @@ struct GradQ {
         B::load(simt, spare + B::BYTES, static_cast<const T *>(p.grad_out) + own, stride, place.rows);
         B::load(simt, busy, static_cast<const T *>(p.out) + own, stride, place.rows);
         simt.commit();
-        simt.wait<0>();
-        B::rotate(simt, spare, angles, place.rows);
+        B::template wait_and_rotate<0>(simt, spare, angles, place.rows);
         simt.barrier();
         typename B::Rows queries, grads;
         B::read(simt, queries, spare);
@@ -147,8 +146,7 @@ struct GradKV {
         B::load(simt, values, static_cast<const T *>(p.v) + place.first * p.v_stride + kv_head * C, p.v_stride, place.rows);
         simt.commit();
         load_queries(0);
-        simt.wait<1>();
-        B::rotate(simt, keys, angles, place.rows);
+        B::template wait_and_rotate<1>(simt, keys, angles, place.rows);
 
         const float scale = p.scale * LOG2_E;
         typename B::Output grad_k, grad_v;
@@ -199,8 +197,7 @@ struct GradKV {
         };
         for (int step = 0; step < steps; ++step) {
             const int block = query_block(step), rows = query_rows(step);
-            simt.wait<0>();
-            B::rotate(simt, stage(step), Angles{p, place.start + block * BLOCK}, rows);
+            B::template wait_and_rotate<0>(simt, stage(step), Angles{p, place.start + block * BLOCK}, rows);
             simt.barrier();  // this stage has come for all, and all have done with the other
             if (step + 1 < steps) load_queries(step + 1);
             if (warp * WARP_ROWS >= place.rows) continue;

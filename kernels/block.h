@@ -42,41 +42,51 @@ struct Blocks {
 
     // The rows and chunks that a lane copies, and turns: pairs of chunks whose elements are C / 2 apart. The lanes of odd
     // rows take the second chunk first, so that where four lanes make a row, eight of them are in different banks.
+    static constexpr int PAIRS = BLOCK * CHUNKS / 2 / THREADS;
     template <class Body>
     SIMT static void each_pair(const Simt &simt, Body body) {
         UNROLL
-        for (int i = 0; i < BLOCK * CHUNKS / 2 / THREADS; ++i) {
+        for (int i = 0; i < PAIRS; ++i) {
             const int row = i * (THREADS / (CHUNKS / 2)) + simt.thread() / (CHUNKS / 2), first = simt.thread() % (CHUNKS / 2), odd = row & 1;
-            body(row, first ^ odd * (CHUNKS / 2), first ^ (1 - odd) * (CHUNKS / 2), odd);
+            body(i, row, first ^ odd * (CHUNKS / 2), first ^ (1 - odd) * (CHUNKS / 2));
         }
     }
 
     // Begins to copy a block whose first element is at `from`; rows from `rows` on become zeros.
     SIMT static void load(Simt &simt, uint32_t block, const T *from, int64_t stride, int rows) {
-        each_pair(simt, [&](int row, int one, int other, int) {
+        each_pair(simt, [&](int, int row, int one, int other) {
             const T *at = from + row * stride * (row < rows);
             simt.copy_async(address(block, row, one), at + one * 8, row < rows);
             simt.copy_async(address(block, row, other), at + other * 8, row < rows);
         });
     }
 
-    // Turns the pairs (x[i], x[i + C / 2]) of each row by the row's angles; a lane turns what it has copied itself.
-    SIMT static void rotate(Simt &simt, uint32_t block, const Angles &angles, int rows) {
-        if (!angles.p.cosine) return;
+    // Waits until at most OPEN commits are, and turns the pairs (x[i], x[i + C / 2]) of each row of a block that came with the others by
+    // the row's angles, which come meanwhile. A lane turns what it has copied itself.
+    template <int OPEN>
+    SIMT static void wait_and_rotate(Simt &simt, uint32_t block, const Angles &angles, int rows) {
+        if (!angles.p.cosine) {
+            simt.template wait<OPEN>();
+            return;
+        }
         const T *cosine = static_cast<const T *>(angles.p.cosine) + angles.token * (C / 2);
         const T *sine = static_cast<const T *>(angles.p.sine) + angles.token * (C / 2);
-        each_pair(simt, [&](int row, int one, int other, int odd) {
-            const int64_t at = (row < rows ? row : 0) * (C / 2) + (odd ? other : one) * 8;
-            const Words cosines = simt.load16(cosine + at), sines = simt.load16(sine + at);
+        Words cosines[PAIRS], sines[PAIRS];
+        each_pair(simt, [&](int i, int row, int one, int other) {
+            const int64_t at = (row < rows ? row : 0) * (C / 2) + (one < other ? one : other) * 8;
+            cosines[i] = simt.load16(cosine + at), sines[i] = simt.load16(sine + at);
+        });
+        simt.template wait<OPEN>();
+        each_pair(simt, [&](int i, int row, int one, int other) {
             const Words ones = simt.load_shared16(address(block, row, one)), others = simt.load_shared16(address(block, row, other));
+            const uint32_t sign = one < other ? 0 : 0x80008000;  // of two sines: where the pair's second is `one`, it is turned the other way
             Words turned_ones, turned_others;
             UNROLL
-            for (int i = 0; i < 4; ++i) {
-                const float2 c = simt.unpack<T>(cosines.word[i]), s = simt.unpack<T>(sines.word[i]);
-                const float2 x = simt.unpack<T>(ones.word[i]), y = simt.unpack<T>(others.word[i]);
-                const float sign = odd ? -1.f : 1.f;  // of a pair, `one` is then the second
-                turned_ones.word[i] = simt.pack<T>(x.x * c.x - sign * y.x * s.x, x.y * c.y - sign * y.y * s.y);
-                turned_others.word[i] = simt.pack<T>(y.x * c.x + sign * x.x * s.x, y.y * c.y + sign * x.y * s.y);
+            for (int j = 0; j < 4; ++j) {
+                const float2 c = simt.unpack<T>(cosines[i].word[j]), s = simt.unpack<T>(sines[i].word[j] ^ sign);
+                const float2 x = simt.unpack<T>(ones.word[j]), y = simt.unpack<T>(others.word[j]);
+                turned_ones.word[j] = simt.pack<T>(x.x * c.x - y.x * s.x, x.y * c.y - y.y * s.y);
+                turned_others.word[j] = simt.pack<T>(y.x * c.x + x.x * s.x, y.y * c.y + x.y * s.y);
             }
             simt.store_shared16(address(block, row, one), turned_ones);
             simt.store_shared16(address(block, row, other), turned_others);
@@ -133,7 +143,7 @@ struct Blocks {
         }
     }
 
-    // Turns sums back: what rotate's transpose makes of them.
+    // Turns sums back: what the transpose of that rotation makes of them.
     SIMT static void rotate_back(Simt &simt, Output &output, const Angles &angles, int rows) {
         if (!angles.p.cosine) return;
         const T *cosine = static_cast<const T *>(angles.p.cosine) + angles.token * (C / 2);
@@ -229,8 +239,7 @@ struct Keys {
 
     // Waits for a block that has been loaded, and begins with the one before it.
     SIMT uint32_t next(Simt &simt, int block) const {
-        simt.wait<0>();
-        B::rotate(simt, stage(simt, block), Angles{p, place.start + block * BLOCK}, rows(block));
+        B::template wait_and_rotate<0>(simt, stage(simt, block), Angles{p, place.start + block * BLOCK}, rows(block));
         simt.barrier();  // this stage has come for all, and all have done with the other
         if (block > 0) load(simt, block - 1);
         return stage(simt, block);

@@ -24,8 +24,7 @@ struct Forward {
         B::load(simt, spare, static_cast<const T *>(p.q) + place.first * p.q_stride + head * C, p.q_stride, place.rows);
         simt.commit();
         keys.load(simt, place.block);
-        simt.wait<1>();
-        B::rotate(simt, spare, Angles{p, place.first}, place.rows);
+        B::template wait_and_rotate<1>(simt, spare, Angles{p, place.first}, place.rows);
         simt.barrier();
         typename B::Rows queries;
         B::read(simt, queries, spare);
