@@ -1,8 +1,9 @@
 """The emulator against the instructions' written meaning, and, on a GPU, against the GPU.
 
 kernels/probe.cu uses every member of `Simt` once. On a CPU its results must be what the PTX manual says, taken down here in numpy;
-on a GPU they must be the emulator's. simt.h as it was when it passed there is noted in kernels/proven.txt, by its SHA-256, so that a
-change of an instruction that has not been on a GPU since is seen: the test that looks is skipped then, and says so.
+on a GPU they must be the emulator's. simt.h as it was when it passed there is noted in kernels/proven.txt, for each architecture by its
+SHA-256 and with nvcc's version, so that a change of an instruction that has not been on a GPU since is seen: the test that looks is
+skipped then, and says so.
 """
 
 import ctypes
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from emulation import SOURCES, Report, compile_once
+from test_kernels_compile import version
 
 LANES, WORDS, FLOATS = 64, 32, 16
 PROVEN, SIMT = SOURCES / "proven.txt", SOURCES / "simt.h"
@@ -101,21 +103,34 @@ def digest() -> str:
     return hashlib.sha256(SIMT.read_bytes()).hexdigest()
 
 
+def note(known: str, architecture: str, found: str) -> str:
+    """The lines of proven.txt, with what was found on an architecture in the place of what was known of it."""
+    lines = {line.split()[0]: line for line in known.splitlines()} | {architecture: f"{architecture} {found}"}
+    return "".join(f"{lines[name]}\n" for name in sorted(lines, key=lambda name: int(name.removeprefix("sm_"))))
+
+
+def test_each_architecture_has_a_line_of_its_own():
+    known = note(note("", "sm_120", "aa V13.0.88 one"), "sm_90", "bb V13.0.88 two")
+    assert known == "sm_90 bb V13.0.88 two\nsm_120 aa V13.0.88 one\n"
+    assert note(known, "sm_90", "cc V13.1.1 three") == "sm_90 cc V13.1.1 three\nsm_120 aa V13.0.88 one\n"
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available() or not shutil.which("nvcc"), reason="needs a CUDA device and nvcc")
 def test_the_gpu_does_what_the_emulator_does(emulated, tmp_path):
-    capability = "".join(map(str, torch.cuda.get_device_capability()))
-    subprocess.run(["nvcc", "-std=c++17", f"-arch=sm_{capability}", "-shared", "-Xcompiler", "-fPIC", "-o", f"{tmp_path}/probe.so", str(SOURCES / "probe.cu")],
+    architecture = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    subprocess.run(["nvcc", "-std=c++17", f"-arch={architecture}", "-shared", "-Xcompiler", "-fPIC", "-o", f"{tmp_path}/probe.so", str(SOURCES / "probe.cu")],
                    check=True)
     library = ctypes.CDLL(f"{tmp_path}/probe.so")
     for dtype in TYPES.values():
         (here, numbers), (there, others) = run(emulated, dtype, "cpu"), run(library, dtype, "cuda")
         assert (here == there).all(), f"words {sorted(set(np.nonzero(here != there)[1].tolist()))} differ"
         assert (numbers[:, :9] == others[:, :9]).all() and np.allclose(numbers[:, 9:15], others[:, 9:15], rtol=2e-6, atol=2e-6)
-    PROVEN.write_text(f"{digest()} {torch.cuda.get_device_name()} {date.today()}\n")
+    PROVEN.write_text(note(PROVEN.read_text(), architecture, f"{digest()} {version()} {torch.cuda.get_device_name()} {date.today()}"))
 
 
 def test_the_wrappers_are_those_that_ran_on_a_gpu():
-    known, _, where = PROVEN.read_text().strip().partition(" ")
-    if known != digest():
-        pytest.skip(f"simt.h as it is has not run on a GPU (proven: {known[:12]} {where}); pytest -m cuda tests/test_kernels_machine.py on one notes it")
+    known = [line.split(maxsplit=2) for line in PROVEN.read_text().splitlines()]
+    stale = ", ".join(f"{architecture} ({proven[:12]}, {where})" for architecture, proven, where in known if proven != digest())
+    if stale or not known:
+        pytest.skip(f"simt.h as it is has not run on {stale or 'any GPU'}; pytest -m cuda tests/test_kernels_machine.py on one notes it")
