@@ -36,10 +36,10 @@ namespace emulator {
 constexpr int WARP = 32;
 constexpr uint32_t POISON = 0x7fff7fff;  // a NaN as fp32, and twice one as bf16 or fp16
 
-// What launches did, all told but for shared_bytes, which is the most that a block had: mma, ldmatrix and shared accesses
-// by warp, barriers by block, bytes and exp2 by lane.
+// What launches did, all told but for shared_bytes, which is the most that a block had: mma and ldmatrix by warp, passes of shared
+// memory (128 bytes each, copies among them), barriers by block, bytes and exp2 by lane.
 struct Report {
-    int64_t errors, conflicts, blocks, shared_bytes, mma, ldmatrix, shared_accesses, barriers, exp2, copied_bytes, loaded_bytes, stored_bytes;
+    int64_t errors, conflicts, blocks, shared_bytes, mma, ldmatrix, passes, barriers, exp2, copied_bytes, loaded_bytes, stored_bytes;
     char first_error[256];
 };
 inline Report report;
@@ -120,7 +120,6 @@ inline void writes(int thread, uint32_t at, uint32_t bytes, bool begins_copy) {
 // Passes that shared memory takes for one access by some lanes: it has 32 banks of 4 bytes, and serves equal words at once.
 inline void banks(const uint32_t *at, int lanes, uint32_t bytes) {
     const int together = 128 / bytes;  // lanes that are served in one pass at best
-    ++report.shared_accesses;
     for (int first = 0; first < lanes; first += together) {
         uint32_t rows[32][32];
         int count[32] = {}, most = 1;
@@ -132,6 +131,7 @@ inline void banks(const uint32_t *at, int lanes, uint32_t bytes) {
                 if (!seen) rows[bank][count[bank]++] = word;
                 most = count[bank] > most ? count[bank] : most;
             }
+        report.passes += most;
         report.conflicts += most - 1;
     }
 }

@@ -30,7 +30,7 @@ class Params(ctypes.Structure):
 
 
 class Report(ctypes.Structure):
-    COUNTS = ("errors", "conflicts", "blocks", "shared_bytes", "mma", "ldmatrix", "shared_accesses", "barriers", "exp2", "copied_bytes", "loaded_bytes",
+    COUNTS = ("errors", "conflicts", "blocks", "shared_bytes", "mma", "ldmatrix", "passes", "barriers", "exp2", "copied_bytes", "loaded_bytes",
               "stored_bytes")
     _fields_ = [(name, ctypes.c_int64) for name in COUNTS] + [("first_error", ctypes.c_char * 256)]
 
