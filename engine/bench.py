@@ -265,8 +265,9 @@ def attention(argv: list[str]) -> None:
     from engine.rundir import commit, hardware
 
     machine = hardware()
+    gpu = f"{torch.cuda.get_device_name()}, capability {torch.cuda.get_device_capability()}" if args.device == "cuda" else machine["cpu"]
     print(f"Packs of {args.tokens:,} tokens in bf16{', turned by their positions' * args.rotary}, medians of {args.rounds}. "
-          f"{', '.join(machine['gpus']) or machine['cpu']}, torch {torch.__version__}, CUDA {machine['cuda']}, commit {commit()[:7]}.\n\n"
+          f"{gpu}, torch {torch.__version__}, CUDA {machine['cuda']}, commit {commit()[:7]}.\n\n"
           "| documents' mean | head width | heads | kernel | forward | TFLOP/s | backward | TFLOP/s | both, of varlen's | memory |\n"
           "|---|---|---|---|---|---|---|---|---|---|")
     for width in args.head_dim:

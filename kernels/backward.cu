@@ -26,6 +26,7 @@ struct GradQ {
         const int64_t stride = static_cast<int64_t>(p.heads) * C, own = place.first * stride + head * C;
         const Angles angles{p, place.first};
         const Keys<T, C, B> keys(p, place, head);
+        const bool active = warp * WARP_ROWS < place.rows;
 
         // q and grad_out come by way of the stage that is not needed yet, out by way of the other.
         const uint32_t spare = keys.stage(simt, place.block + 1), busy = keys.stage(simt, place.block);
@@ -36,18 +37,19 @@ struct GradQ {
         B::template wait_and_rotate<0>(simt, spare, angles, place.rows);
         simt.barrier();
         typename B::Rows queries, grads;
-        B::read(simt, queries, spare);
-        B::read(simt, grads, spare + B::BYTES);
-
         float delta[2] = {0.f, 0.f}, lse[2];
-        UNROLL
-        for (int step = 0; step < B::STEPS; ++step) {
-            Fragment out;
-            simt.ldmatrix(out, B::left(simt, busy, B::warp_row(simt), 2 * step));
+        if (active) {
+            B::read(simt, queries, spare);
+            B::read(simt, grads, spare + B::BYTES);
             UNROLL
-            for (int i = 0; i < 4; ++i) {
-                const float2 o = simt.unpack<T>(out[i]), g = simt.unpack<T>(grads[step][i]);
-                delta[i % 2] += o.x * g.x + o.y * g.y;
+            for (int step = 0; step < B::STEPS; ++step) {
+                Fragment out;
+                simt.ldmatrix(out, B::left(simt, busy, B::warp_row(simt), 2 * step));
+                UNROLL
+                for (int i = 0; i < 4; ++i) {
+                    const float2 o = simt.unpack<T>(out[i]), g = simt.unpack<T>(grads[step][i]);
+                    delta[i % 2] += o.x * g.x + o.y * g.y;
+                }
             }
         }
         const int64_t row = (static_cast<int64_t>(head) * p.tile_count + tile.slot + place.block) * BLOCK + B::warp_row(simt) + B::lane_row(simt);
@@ -92,7 +94,7 @@ struct GradQ {
         };
         for (int block = place.block; block >= 0; --block) {
             const uint32_t k = keys.next(simt, block);
-            if (warp * WARP_ROWS >= place.rows) continue;
+            if (!active) continue;
             if (block == place.block) take(k, (2 << warp) - 1, true);
             else take(k, ALL_PIECES, false);
         }
@@ -124,6 +126,7 @@ struct GradKV {
         const T *q = static_cast<const T *>(p.q) + place.start * p.q_stride;
         const T *grad_out = static_cast<const T *>(p.grad_out) + place.start * stride;
         const Angles angles{p, place.first};
+        const bool active = warp * WARP_ROWS < place.rows;
         const uint32_t keys = simt.shared(), values = keys + B::BYTES;
 
         // Steps: the blocks of queries from the diagonal on, for one query head after another.
@@ -200,7 +203,7 @@ struct GradKV {
             B::template wait_and_rotate<0>(simt, stage(step), Angles{p, place.start + block * BLOCK}, rows);
             simt.barrier();  // this stage has come for all, and all have done with the other
             if (step + 1 < steps) load_queries(step + 1);
-            if (warp * WARP_ROWS >= place.rows) continue;
+            if (!active) continue;
             const bool diagonal = block == place.block;
             if (diagonal || rows < BLOCK) take(stage(step), (1 << (rows + 15) / 16) - (1 << (diagonal ? warp : 0)), diagonal);
             else take(stage(step), ALL_PIECES, false);

@@ -18,6 +18,7 @@ struct Forward {
         const Place place(tile, false);
         const int head = simt.block_x(), warp = simt.warp();
         const Keys<T, C, B> keys(p, place, head);
+        const bool active = warp * WARP_ROWS < place.rows;
 
         // q comes by way of the stage that is not needed yet.
         const uint32_t spare = keys.stage(simt, place.block + 1);
@@ -27,7 +28,7 @@ struct Forward {
         B::template wait_and_rotate<1>(simt, spare, Angles{p, place.first}, place.rows);
         simt.barrier();
         typename B::Rows queries;
-        B::read(simt, queries, spare);
+        if (active) B::read(simt, queries, spare);
 
         const float scale = p.scale * LOG2_E;
         float largest[2] = {-INFINITY, -INFINITY}, sum[2] = {0.f, 0.f};
@@ -75,7 +76,7 @@ struct Forward {
         };
         for (int block = place.block; block >= 0; --block) {
             const uint32_t k = keys.next(simt, block);
-            if (warp * WARP_ROWS >= place.rows) continue;
+            if (!active) continue;
             if (block == place.block) take(k, (2 << warp) - 1, true);
             else take(k, ALL_PIECES, false);
         }

@@ -145,21 +145,20 @@ def test_work_is_that_of_the_documents_alone(heads, kv_heads, width):
     # A piece takes, of each of its products, `steps` times one ldmatrix.x4 and two mma.
     assert forward.mma == 2 * 2 * steps * pieces and backward.mma == 7 * 2 * steps * pieces
 
-    rows = [[min(BLOCK, length - i * BLOCK) for i in range(-(-length // BLOCK))] for length in lengths]
-    tiles = heads * sum(map(len, rows))
-    # Besides, the forward reads q, grad_q's kernel q, grad_out and out, by all four warps of a tile; grad_k's for each strip that a warp takes
-    # of a block of queries, its keys and values.
+    # Besides, the forward reads q, and grad_q's kernel q, grad_out and out, of warps that have tokens; grad_k's reads, for each strip that a
+    # warp takes of a block of queries, its keys and values.
+    active = heads * sum(warps)
     strips = heads * sum(taken(length, 32 if width == 128 else BLOCK) for length in lengths)
-    assert forward.ldmatrix == 2 * steps * pieces + 4 * steps * tiles
-    assert backward.ldmatrix == 7 * steps * pieces + 3 * 4 * steps * tiles + 2 * steps * strips
+    assert forward.ldmatrix == 2 * steps * pieces + steps * active
+    assert backward.ldmatrix == 7 * steps * pieces + 3 * steps * active + 2 * steps * strips
 
     # An exponential for each score of a piece; in the forward, two more a lane and block of keys for what came before; in the backward none
-    # for what the diagonal hides.
-    blocks_of_keys = heads * sum(j // BLOCK + 1 for length in lengths for j in range(0, length, 16))
-    diagonal = heads * sum(warps)
-    assert forward.exp2 == 256 * pieces + 2 * 32 * blocks_of_keys and backward.exp2 == 2 * (256 * (pieces - diagonal) + 136 * diagonal)
+    # for what the diagonal hides, in a piece for each warp that has tokens.
+    blocks_of_keys = heads * sum(key // BLOCK + 1 for length in lengths for key in range(0, length, 16))
+    assert forward.exp2 == 256 * pieces + 2 * 32 * blocks_of_keys and backward.exp2 == 2 * (256 * (pieces - active) + 136 * active)
 
     # Blocks that are whole are copied whole; of the last of a document, the tokens that it has.
+    rows = [[min(BLOCK, length - i * BLOCK) for i in range(-(-length // BLOCK))] for length in lengths]
     keys = sum(sum(document[: i + 1]) for document in rows for i in range(len(document)))
     assert forward.copied_bytes == 2 * width * heads * (sum(lengths) + 2 * keys)
 
