@@ -108,7 +108,7 @@ def _trial(device: torch.device, dtype: torch.dtype, heads: Heads) -> tuple[floa
     ratios, same = [], True
     for angles in (None, (turns.cos(), turns.sin())):
         ratios.append(relative_error(fused, torchs, q, k, v, grad, None, angles))
-        once, again = (_both_ways(fused, q, k, v, grad, None, angles) for _ in range(2))
+        once, again = (_both_ways(fused, dtype, q, k, v, grad, None, angles) for _ in range(2))
         same = same and all(map(torch.equal, once, again))
     return float(torch.tensor(ratios).max()), same
 
@@ -120,20 +120,22 @@ def relative_error(path: "PackedAttention", reference: "PackedAttention", q: Ten
     Args:
         grad: of the output. Others: as a model gives them to attention.
     """
-    exact = _both_ways(reference, *(x.double() for x in (q, k, v, grad)), window, angles)
+    found = (_both_ways(attend, dtype, q, k, v, grad, window, angles)
+             for attend, dtype in ((reference, torch.float64), (path, q.dtype), (reference, q.dtype)))
     ratios, least = [], torch.finfo(q.dtype).eps / 8  # where the reference is exact by chance, as in rows of one token
-    for truth, one, other in zip(exact, *(_both_ways(attend, q, k, v, grad, window, angles) for attend in (path, reference)), strict=True):
+    for truth, one, other in zip(*found, strict=True):
         own, references = (float((x.double() - truth).norm() / truth.norm().clamp(min=1e-30)) for x in (one, other))
         ratios.append(own / max(references, least))
     return float(torch.tensor(ratios).max())
 
 
-def _both_ways(attend: "PackedAttention", q: Tensor, k: Tensor, v: Tensor, grad: Tensor, window: int | None, angles: Angles | None) -> list[Tensor]:
-    """Output and gradients of q, k, v, in their type."""
-    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+def _both_ways(attend: "PackedAttention", dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, window: int | None,
+               angles: Angles | None) -> list[Tensor]:
+    """Output and gradients of q, k, v, in a type."""
+    inputs = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
     with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
         out = attend(0, *inputs, window, angles)
-        return [out.detach(), *torch.autograd.grad(out, inputs, grad.to(out.dtype))]
+        return [out.detach(), *torch.autograd.grad(out, inputs, grad.to(dtype))]
 
 
 class PackedAttention:

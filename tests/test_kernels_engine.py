@@ -317,12 +317,14 @@ def test_what_the_kernels_do_not_do_goes_another_way(monkeypatch, heads, dtype, 
 
 
 @pytest.mark.parametrize(("spoil", "reason"), [
-    (lambda x: x * 1.02, "expected at most 2 ×"), (lambda x: x * float("nan"), "expected at most 2 ×"),
-    (lambda x: x + 1e-4 * next(COUNT), "other bits when run again, expected the same"),
-    (lambda x: (_ for _ in ()).throw(RuntimeError("no kernel image")), "no kernel image")])
+    (lambda x, q, *angles: x * 1.02, "expected at most 2 ×"), (lambda x, q, *angles: x * float("nan"), "expected at most 2 ×"),
+    (lambda x, q, *angles: x * (1 if angles else 1.02), "expected at most 2 ×"), (lambda x, q, *angles: x * (1.02 if angles else 1), "expected at most 2 ×"),
+    (lambda x, q, *angles: x * (1 if q.is_contiguous() else 1.02), "expected at most 2 ×"),
+    (lambda x, q, *angles: x + 1e-4 * next(COUNT), "other bits when run again, expected the same"),
+    (lambda x, q, *angles: (_ for _ in ()).throw(RuntimeError("no kernel image")), "no kernel image")])
 def test_kernels_that_are_wrong_are_not_used(monkeypatch, spoil, reason):
     right = fused_attention.fused_attention
-    monkeypatch.setattr(fused_attention, "fused_attention", lambda *given: spoil(right(*given)))
+    monkeypatch.setattr(fused_attention, "fused_attention", lambda *given: spoil(right(*given), given[0], *given[5:]))
     used, why = attention._try_fused(CPU, BF16, HEADS, True)
     assert not used and reason in why
     with pytest.raises(EngineError, match="set train.attention=auto"):
