@@ -207,7 +207,7 @@ RARER = {
     "a piece too few under the diagonal": ("forward.cu", r"\(2 << warp\) - 1", "(1 << warp) - 1", "out: "),
     "a piece too few of grad_q": ("backward.cu", r"\(2 << warp\) - 1", "(1 << warp) - 1", "grad_q: "),
     "last queries left out": ("backward.cu", r"\(rows \+ 15\)", "rows", "grad_[kv]: "),
-    "a warp too many left out": ("backward.cu", r"(keys.next.*\n *if \(warp \* WARP_ROWS) >=", r"\1 + 15 >=", "grad_q: "),
+    "a warp too many left out": ("backward.cu", r"(active = warp \* WARP_ROWS) <", r"\1 + 15 <", "grad_q: "),
     "barrier inside of a guard": ("backward.cu", r"(simt.barrier\(\);  // this stage)", r"if (warp * WARP_ROWS >= place.rows) continue;\n\1", "nobody|never"),
     "uneven barrier": ("forward.cu", r"(simt.barrier\(\);\n *B::store)", r"if (simt.thread() < 64) \1", "race: |different calls|never reach"),
 }
