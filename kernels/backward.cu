@@ -204,7 +204,7 @@ struct GradKV {
             simt.barrier();  // this stage has come for all, and all have done with the other
             if (step + 1 < steps) load_queries(step + 1);
             if (!active) continue;
-            const bool diagonal = block == place.block;
+            const bool diagonal = block == place.block;  // queries before the warp's keys do not see them
             if (diagonal || rows < BLOCK) take(stage(step), (1 << (rows + 15) / 16) - (1 << (diagonal ? warp : 0)), diagonal);
             else take(stage(step), ALL_PIECES, false);
         }

@@ -17,6 +17,7 @@ using Sums = float[4];         // a 16x8 piece of a product
 
 // Which of a block's columns, in pieces of 16 and a bit for each, have something in them for a warp: it leaves out what lies wholly
 // over the diagonal or past a document's end. The same for all its lanes, so that what they do together can be left out.
+// The kernels' steps are compiled twice: with ALL_PIECES, a constant, neither guards nor masks are left of them.
 using Pieces = int;
 constexpr Pieces ALL_PIECES = -1;  // which stays what it is where a strip's are shifted to the front
 
