@@ -76,6 +76,8 @@ def _try_fused(device: torch.device, dtype: torch.dtype, heads: Heads, asked: bo
         return False, "not timed on GPUs of capability {}.{} yet; train.attention=fused takes them".format(*capability)
     try:
         ratio, same = _trial(device, dtype, heads)
+    except torch.OutOfMemoryError:  # which says nothing of the kernels, and a resume could find more
+        raise
     except RuntimeError as error:  # a launch that failed, as with an extension made for another GPU
         _still_works(device, error)
         return False, str(error).splitlines()[0]

@@ -184,7 +184,7 @@ def test_tiles_are_longest_first_and_name_every_block_once():
 ONLY = ("block.h", r"if \(params.type == BF16\) .*\n.*", "return params.head_dim == 64 ? body(Kind<bf16, 64>()) : 1;")  # compiles in a third of the time
 PLANTED = {
     "missing wait": ("block.h", r"wait_and_rotate<0>", "wait_and_rotate<1>", "before the copy to it was waited for"),
-    "missing barrier": ("block.h", r"simt.barrier\(\);(  // this stage)", r"\1", "race: "),
+    "missing barrier": ("block.h", r"simt.barrier\(\);(  // this stage)", r"\1", "race: |before the copy"),
     "mask off by one": ("forward.cu", r"(8 \* \(i / 2\)\) scores)", r"1 + \1", "out: "),
     "wrong fragment": ("block.h", r"columns\[0\], columns\[1\]", "columns[0], columns[2]", "out: "),
     "document boundary": ("block.h", r"p.v\) \+ place.start", "p.v) + 0", "out: "),

@@ -291,6 +291,13 @@ def test_auto_takes_the_kernels_where_they_were_timed(gpu, monkeypatch):
 
 
 def test_a_fault_of_the_kernels_ends_the_run(gpu, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(attention, "_trial", full)
+    with pytest.raises(torch.OutOfMemoryError):  # nor may what is left of memory make the choice
+        attention._try_fused(gpu, BF16, HEADS, True)
+
     def fault(*_):
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nand more")
 
