@@ -109,6 +109,7 @@ def test_a_start_knows_nothing_of_those_before_it(ranks, agent):
     def main(first_dies: bool) -> int:
         as_rank(rank := int(os.environ["RANK"]), 2, **agent)
         if first_dies and rank == 0:
+            time.sleep(0.5)  # the other one finds what the start before has left
             distributed.Watchdog = lambda *_: kill_self()  # once it has published
         return joined(20)
 

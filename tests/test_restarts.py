@@ -133,6 +133,13 @@ def test_a_stop_is_not_undone_by_a_restart_but_by_the_next_launch(recipe, ranks,
                 again = ranks(1, lambda rank=rank: (os.environ.update(RANK=str(rank), WORLD_SIZE="2"), command(endless)))
                 assert again.wait(10) == [PREEMPTED], again.log.read_text()
         assert last_step(run) == stopped_at
+    for count in (0, 1):  # and if it is lost instead, it starts again
+        begun = last_step(run)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
+        started = ranks(2, lambda: command(endless))
+        until(lambda begun=begun: last_step(run) > begun, "steps")
+        os.kill(started.pids[0], signal.SIGKILL)
+        assert started.wait() == [-signal.SIGKILL, PEER], started.log.read_text()
 
 
 CRASH = """
