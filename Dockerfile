@@ -17,7 +17,7 @@ ENV PIP_NO_CACHE_DIR=1 PYTHONDONTWRITEBYTECODE=1 ENGINE_PYTHON=/usr/local/bin/py
 WORKDIR /engine
 COPY setup.py pyproject.toml constraints.txt README.md LICENSE ./
 COPY engine ./engine
-RUN pip install -c constraints.txt -e '.[hub,parquet]'
+RUN pip install -c constraints.txt -e '.[hub,parquet,gpu]'
 COPY torchrun.sh environment.sh ./
 COPY recipes ./recipes
 

@@ -9,7 +9,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -173,9 +172,22 @@ def memory(device: torch.device) -> dict[str, float]:
     if device.type == "cuda":
         found["memory/peak_gpu_mb"] = torch.cuda.max_memory_allocated(device) / 2**20
         found["memory/gpu_mb"] = torch.cuda.memory_allocated(device) / 2**20
-        with suppress(ModuleNotFoundError, RuntimeError):  # NVML is not installed
-            found["memory/gpu_utilisation_percent"] = float(torch.cuda.utilization(device))
+        if (share := utilisation(device)[0]) is not None:
+            found["memory/gpu_utilisation_percent"] = share
     return found
+
+
+def utilisation(device: torch.device) -> tuple[float | None, str]:
+    """Percent of the last second or less in which the device had work, as NVML has it, and where the number is from; None, and why, where
+    there is none: no nvidia-ml-py, no permission, a part of a GPU (MIG)."""
+    if device.type != "cuda":
+        return None, "not measured on a CPU"
+    try:
+        return float(torch.cuda.utilization(device)), "by NVML"
+    except ModuleNotFoundError:
+        return None, "not measured: nvidia-ml-py is not installed; pip install -c constraints.txt -e '.[gpu]'"
+    except Exception as error:  # NVML's own classes of error cannot be named without its package, and a figure is no reason to stop
+        return None, f"not measured: NVML says {str(error) or type(error).__name__}"
 
 
 class Log:

@@ -111,7 +111,7 @@ def test_an_empty_environment_and_a_plain_locale(recipe, reference, tmp_path):
     done = subprocess.run([sys.executable, "-m", "engine.train", *recipe(*SHORT, name="bare"), "log.every_steps=1"], cwd=ROOT, capture_output=True,
                           env={"OMP_NUM_THREADS": "1", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"})
     assert done.returncode == DONE, done.stderr.decode()
-    assert b"\\xd7" in done.stdout and done.stdout.isascii() and rows.exists()  # of micro-batch × accumulation
+    assert b"\\xd7" in done.stdout and done.stdout.isascii() and rows.exists()  # of ranks × sequences
     assert result(tmp_path / "runs/bare") == reference
 
 

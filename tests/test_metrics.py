@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import load_dataset, ragged_rows, write_rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from engine import metrics
+from engine import metrics, report
 from engine.attention import PackedAttention
 from engine.data.tokenizer import load_tokenizer
 from engine.dropout import DropoutKeys
@@ -106,6 +106,31 @@ def test_attention_flops_are_those_of_the_pairs_that_see_each_other(tiny):
     flops.windows = (None, 20, 20)
     seen = 100**2 / 2 + 50**2 / 2 + 2 * (20 * 100 - 20**2 / 2 + 20 * 50 - 20**2 / 2)
     assert flops.of(0, 0, np.array([100, 50])) == (2 + 5) * 2 * seen * 32
+
+
+@pytest.mark.parametrize(("found", "share", "why"), [
+    (41, 41.0, "by NVML"), (ModuleNotFoundError("pynvml"), None, "not measured: nvidia-ml-py is not installed; pip install -c constraints.txt -e '.[gpu]'"),
+    (Exception("Not Supported"), None, "not measured: NVML says Not Supported")])
+def test_a_gpus_utilisation_or_why_there_is_none(monkeypatch, found, share, why):
+    """NVML's own errors are plain exceptions: of a part of a GPU, or without permission. None of them ends a run."""
+
+    def utilization(device):
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(torch.cuda, "utilization", utilization)
+    gpu = torch.device("cuda")
+    assert metrics.utilisation(gpu) == (share, why)
+    assert metrics.memory(gpu).get("memory/gpu_utilisation_percent") == share
+
+
+def test_the_plan_is_an_equation_that_holds_for_any_share(watched_run, tmp_path):
+    """Ranks share a step by its sequences' cost, so one may take more micro-batches than another; one rank takes them all."""
+    said = (tmp_path / "ranks-0.log").read_text()
+    assert "step  global batch 8 sequences = ranks 2 × 4 on average, shared by cost, in micro-batches of at most 2: accumulation about 2; 7 in the" in said
+    assert report.batch(32, 8, 1) == "global batch 32 sequences = ranks 1 × 32, in micro-batches of at most 8: accumulation 4"
+    assert report.batch(8, 2, 3).startswith("global batch 8 sequences = ranks 3 × 2.66667 on average")
 
 
 def test_losses_and_shares_by_source_add_up_to_the_whole(recipe, trained, tiny, tmp_path):
