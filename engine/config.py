@@ -7,6 +7,7 @@ import difflib
 import glob
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -214,6 +215,8 @@ def options() -> dict[str, Any]:
 HARDWARE = ("run.", "log.", "evaluate.", "checkpoint.", "resume.", "export.", "data.cache", "data.workers", "data.train", "data.validation", "model.path",
             "lora.start", "optim.shard", "train.device", "train.micro_batch", "train.activation_checkpointing", "train.attention", "train.timeout_s")
 CONTENT = ("data", "tokenizer", "weights", "adapter")  # by their digests: what the paths hold
+# For commands that train a few steps again: what takes time and does not touch the weights is left out.
+WITHOUT_EXTRAS = ("data.validation=null", "evaluate.exact_match_rows=0", "export.kinds=[]", "log.tensorboard=false")
 # Options that decide which tensors a checkpoint holds, of what shape, type or meaning: made with another value none fits.
 FIXED = ("model.add_tokens", "lora.rank", "lora.targets", "lora.rank_pattern", "lora.dora", "lora.init", "lora.modules_to_save", "optim.name")
 
@@ -262,10 +265,23 @@ def load(argv: list[str]) -> Recipe:
     if not problems:
         recipe = OmegaConf.to_object(merged)
         recipe.run.name = recipe.run.name or Path(paths[0]).stem
+        _expand(recipe)
         problems = [f"{where.get(key, paths[0])}: {key} {text}" for key, text in _contradictions(recipe)]
     if problems:
         raise EngineError("CONFIG-RECIPE", ("\n" + "ERROR E-CONFIG-RECIPE ").join(problems))
     return recipe
+
+
+def _expand(recipe: Recipe) -> None:
+    """~ at the start of every path, once: whoever takes one from here takes the same."""
+    for section, key in ((recipe.run, "folder"), (recipe.model, "path"), (recipe.lora, "start"), (recipe.data, "cache")):
+        setattr(section, key, (path := getattr(section, key)) and os.path.expanduser(path))
+    for of in ("train", "validation"):
+        value = getattr(recipe.data, of)
+        if isinstance(value, list):
+            setattr(recipe.data, of, [{**entry, "path": os.path.expanduser(entry["path"])} for entry in value])
+        elif value:
+            setattr(recipe.data, of, os.path.expanduser(value))
 
 
 def dump(recipe: Recipe) -> str:

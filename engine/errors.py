@@ -152,6 +152,17 @@ def recorded(path: Path, rank: int) -> Iterator[None]:
         _recording.pop()
 
 
+def last(folder: Path) -> EngineError | None:
+    """What ended the run in `folder`, by its last_error.json; None where there is none that can be read. Of a bug the text is a traceback."""
+    try:
+        found = json.loads((folder / "last_error.json").read_text(encoding="utf-8"))
+        message, code = found["message"].strip(), int(found["exit_code"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+    name, _, text = message.removeprefix("ERROR E-").partition(" ") if message.startswith("ERROR E-") else ("BUG", "", message)
+    return EngineError(name, text, code)
+
+
 def _note(path: Path, code: int, message: str) -> None:
     """All of it or nothing, and the first rank's alone: the disk may be what failed, and that must still be told."""
     with suppress(OSError):

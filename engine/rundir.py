@@ -34,8 +34,8 @@ def choose(cfg: Recipe) -> Path:
 
     An unfinished run is gone on with, a finished one is kept as it is. All ranks look before any of them writes.
     """
-    folder = Path(cfg.run.folder).expanduser()
-    number, path = 1, folder / cfg.run.name
+    folder, number = Path(cfg.run.folder), 1
+    path = folder / cfg.run.name
     try:
         while (path / "finished.json").exists():
             number += 1

@@ -466,11 +466,10 @@ def test_a_record_cut_anywhere_goes_on_with_whole_lines(tmp_path):
 # --- B17: names --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("folder, name", [("runs/", "a name with spaces"), ("./x/../runs", "训练-é"), ("~/runs", "run"), ("runs", "n" * 255),
+@pytest.mark.parametrize("folder, name", [("runs/", "a name with spaces"), ("./x/../runs", "训练-é"), ("runs", "n" * 255),
                                           ("link", "'quoted' \"$HOME\" ;#"), ("runs", "a/b"), ("runs", "50%s{x}")])
 def test_a_run_may_have_any_name_that_a_folder_can_have(tmp_path, monkeypatch, folder, name):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "target").mkdir()
     (tmp_path / "x").mkdir()
     (tmp_path / "link").symlink_to("target")
@@ -485,7 +484,7 @@ def test_a_run_may_have_any_name_that_a_folder_can_have(tmp_path, monkeypatch, f
         log.close()
         rundir.describe(path, cfg, {})
         rundir.finish(path, {})
-    assert path.resolve() == (Path(folder).expanduser() / name).resolve() and not (tmp_path / "~").exists()
+    assert path.resolve() == (Path(folder) / name).resolve()
     if len(name) < 250:
         assert rundir.choose(cfg).name == f"{name}-2".rpartition("/")[2]
     else:
