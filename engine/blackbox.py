@@ -12,7 +12,6 @@ import math
 import os
 import shutil
 import statistics
-import sys
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +29,7 @@ from engine.data.plan import Step
 from engine.data.tokenizer import Tokenizer
 from engine.data.view import View, as_text, spans
 from engine.distributed import World
-from engine.errors import NUMERIC, EngineError
+from engine.errors import NUMERIC, EngineError, warn
 from engine.precision import LossScale
 from engine.publish import published
 from engine.saver import Saver
@@ -88,7 +87,7 @@ class Recorder:
             told = f"{blame(found)}. {self._write(found)}"
         if spike and self.world.is_first:
             rows = told or f"rows {_some([self.rows.where(int(self.rows.row[document])) for document in step.trained])}"
-            print(f"WARNING step {step.number + 1}: loss {loss:.4f} is {before}; training goes on. {rows}", file=sys.stderr, flush=True)
+            warn(f"step {step.number + 1}: loss {loss:.4f} is {before}; training goes on. {rows}")
         if replayed:
             raise EngineError("NUMERIC-REPLAYED", told, NUMERIC)
         return {"train/skipped": int(not judged), "train/spike": int(spike)}, told

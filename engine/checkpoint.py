@@ -112,12 +112,12 @@ def newest_whole(folder: Path) -> int | None:
         problem = damage(folder / f"step-{step:09d}")
         if problem is None:
             if unknown := sorted(set(os.listdir(folder / f"step-{step:09d}")) - {*FILES, MANIFEST}):
-                print(f"WARNING: {folder}/step-{step:09d}: ignoring what is none of a checkpoint's files: {', '.join(unknown)}", file=sys.stderr, flush=True)
+                print(f"WARNING {folder}/step-{step:09d}: ignoring what is none of a checkpoint's files: {', '.join(unknown)}", file=sys.stderr, flush=True)
             if strange := _others_may_write(folder / f"step-{step:09d}"):
-                print(f"WARNING: {strange}: another user may write there. A checkpoint's sums tell damage, not forgery: where you do not trust them all, "
+                print(f"WARNING {strange}: another user may write there. A checkpoint's sums tell damage, not forgery: where you do not trust them all, "
                       "begin anew, else chown and chmod go-w it", file=sys.stderr, flush=True)
             if damaged:
-                print(f"WARNING: passing over damaged checkpoints: {'; '.join(damaged)}. Going on from step {step}", file=sys.stderr, flush=True)
+                print(f"WARNING passing over damaged checkpoints: {'; '.join(damaged)}. Going on from step {step}", file=sys.stderr, flush=True)
             return step
         damaged.append(f"step-{step:09d}: {problem}")
     if damaged:
@@ -144,7 +144,7 @@ def load(folder: Path, step: int) -> Snapshot:
     """The checkpoint of `step`, verified once more as it is read."""
     path = folder / f"step-{step:09d}"
     if problem := damage(path):
-        raise EngineError("CHECKPOINT-DAMAGED", f"{path}: {problem}", CHECKPOINT)
+        raise EngineError("CHECKPOINT-DAMAGED", f"{path}: {problem}; start again to resume from the newest whole one", CHECKPOINT)
     try:
         return Snapshot(tensorfile.load(path / FILES[0]), tensorfile.load(path / FILES[1]), json.loads((path / FILES[2]).read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError) as error:  # its sums are right, so whoever wrote it wrote it so, or it is being changed

@@ -91,6 +91,11 @@ def run(main: Callable[[list[str]], int | None], needs_reader: bool = True) -> N
     _leave(code)
 
 
+def warn(text: str) -> None:
+    """A line on standard error about what may be meant as it is, and does not end the run."""
+    print(f"WARNING {text}", file=sys.stderr, flush=True)
+
+
 def end(error: EngineError, speaks: bool) -> None:
     """Leaves the process as `run` and `recorded` would, from any thread, while the main thread waits for what will not come."""
     if _recording:

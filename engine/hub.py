@@ -109,7 +109,7 @@ class Repository:
                               "start once with a connection, or name a folder", ENVIRONMENT) from error
         if (unlisted := self.listing(folder.name) is None) or not constants.HF_HUB_OFFLINE:
             doubt = ", filled by another tool, so whether files are missing cannot be told" if unlisted else ""
-            self.say(f"WARNING: {self.asked}: {offline}; going on with commit {folder.name} from the cache{doubt}")
+            self.say(f"WARNING {self.asked}: {offline}; going on with commit {folder.name} from the cache{doubt}")
         return folder
 
     # ---- The cache ---------------------------------------------------------------------------------------------------

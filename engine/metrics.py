@@ -21,6 +21,7 @@ from engine import watchdog
 from engine.config import Recipe, flat
 from engine.data.dataset import Dataset
 from engine.data.plan import Step
+from engine.errors import warn
 from engine.events import Events
 from engine.record import Record
 
@@ -223,7 +224,7 @@ class Log:
             return
         self.bar.update(1)
         if not scalars["train/targets"]:
-            print(f"WARNING step {step} has no target left, as data.skip names all its rows; nothing was updated", file=sys.stderr, flush=True)
+            warn(f"step {step} has no target left, as data.skip names all its rows; nothing was updated")
         if step % self.every_steps == 0 or step == self.num_steps or "validation/loss" in scalars:
             self.say(self._line(step, scalars))
 

@@ -20,7 +20,7 @@ import torch
 
 from engine import config, restarts
 from engine.config import Recipe
-from engine.errors import ENVIRONMENT, USER, EngineError
+from engine.errors import ENVIRONMENT, USER, EngineError, warn
 from engine.publish import fsync, published
 from engine.terminal import shown
 
@@ -82,12 +82,11 @@ def describe(path: Path, cfg: Recipe, facts: dict[str, Any], start: int = 0) -> 
     (path / "recipe.yaml").write_text(config.dump(cfg), encoding="utf-8")
     for package, tested in TESTED.items():
         if (found := _version(package)) and not found.startswith(f"{tested}."):
-            print(f"WARNING {package} {found} is not what the tests run with, {tested}; constraints.txt has the versions", file=sys.stderr)
+            warn(f"{package} {found} is not what the tests run with, {tested}; constraints.txt has the versions")
     record = {"command": list(map(shown, [Path(sys.argv[0]).name, *sys.argv[1:]])), "commit": commit(), "engine": sources(),
               "python": platform.python_version(), "versions": {name: _version(name) for name in PACKAGES}, "machine": hardware(), **facts}
     if start and (changed := _other_bits(path / "run.json", record)):
-        print(f"WARNING {path}: going on with {'; '.join(changed)} (before → now): results may no longer be those of one run to the bit",
-              file=sys.stderr, flush=True)
+        warn(f"{path}: going on with {'; '.join(changed)} (before → now): results may no longer be those of one run to the bit")
     (path / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 

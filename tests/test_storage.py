@@ -288,7 +288,7 @@ def test_what_is_damaged_is_set_aside_and_its_room_goes_to_others(recipe, ranks,
     (folder / ".tmp-step-000000005").mkdir()
     started = ranks(1, lambda: stop_after(8, recipe(*STEPS)))
     assert started.wait() == [PREEMPTED]
-    warning, = [line for line in started.log.read_text().splitlines() if line.startswith("WARNING: passing over")]
+    warning, = [line for line in started.log.read_text().splitlines() if line.startswith("WARNING passing over")]
     assert "step-000000006: model.safetensors has SHA-256" in warning and "the manifest says" in warning
     assert sorted(os.listdir(folder)) == ["step-000000006", "step-000000006.corrupt", "step-000000008"]
     assert contents(folder / "step-000000006.corrupt") == damaged

@@ -7,7 +7,6 @@ documents, the ledger knows rows.
 
 import hashlib
 import json
-import sys
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
@@ -25,7 +24,7 @@ from engine.data.plan import shuffled
 from engine.data.reading import expand
 from engine.data.tokenizer import Tokenizer
 from engine.dropout import mix
-from engine.errors import EngineError, rank_in_launch
+from engine.errors import EngineError, rank_in_launch, warn
 
 NAMED = 5  # rows that an error names
 MOST_DOCUMENTS = 200_000_000  # in an epoch; each takes 22 bytes of every rank
@@ -190,14 +189,14 @@ def _warn_of_repeated_files(files: list[File]) -> None:
     seen: dict[str, File] = {}
     for file in files:
         if (first := seen.setdefault(file.index["sha256"], file)) is not file and rank_in_launch() == 0:
-            print(f"WARNING {file.path} has the same content as {first.path}; its rows are trained once more", file=sys.stderr)
+            warn(f"{file.path} has the same content as {first.path}; its rows are trained once more")
 
 
 def _refuse_rejects(files: list[File]) -> None:
     count = sum(file.rejected for file in files)
     if not count:
         return
-    named = [f"{file.path}:{line}{f':{column}' if column else ''}: {reason}" for file in files for line, column, reason in islice(file.rejects(), NAMED)]
+    named = [f"{where}: {reason}" for file in files for where, reason in islice(file.rejects(), NAMED)]
     more = f"\n(and {count - NAMED:,} more)" if count > NAMED else ""
     raise EngineError("DATA-ROW", "\nERROR E-DATA-ROW ".join(named[:NAMED]) + more + "; mend the rows, or set data.on_bad_row=skip to leave them out")
 
@@ -285,8 +284,8 @@ def _times(source_of_rows: np.ndarray, kept: np.ndarray, sources: list[Source], 
 
 def _first_reason(dataset: Dataset) -> str:
     for file in dataset.files:
-        for line, _, reason in file.rejects():
-            return f"{file.path}:{line}: {reason}"
+        for where, reason in file.rejects():
+            return f"{where}: {reason}"
     if len(dataset.rows):
         return f"{dataset.where(0)}: {dataset.reason_left_out(0)}"
     return "the files hold none"

@@ -144,8 +144,7 @@ class JsonTokenizer:
         self.digest = _digest([path], {"eos": self.eos})
 
     def _eos(self, settings: dict[str, Any], generation: dict[str, Any], config: dict[str, Any], path: Path) -> int:
-        named = settings.get("eos_token")
-        named = named.get("content") if isinstance(named, dict) else named
+        named = text_of(settings.get("eos_token"))
         number = self.model.token_to_id(named) if named else None
         for source in (generation, config):
             listed = source.get("eos_token_id")
@@ -328,6 +327,11 @@ def read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
         raise EngineError("TOKENIZER-FILE", f"{path}: not JSON: {error}") from error
+
+
+def text_of(token: Any) -> Any:
+    """A token as tokenizer_config.json names it: by its text, or by an object that holds the text as "content"."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _listed_ends(generation: dict[str, Any], folder: Path) -> list[int]:
