@@ -81,10 +81,10 @@ def describe(path: Path, cfg: Recipe, facts: dict[str, Any], start: int = 0) -> 
     """
     (path / "recipe.yaml").write_text(config.dump(cfg), encoding="utf-8")
     for package, tested in TESTED.items():
-        if (found := _version(package)) and not found.startswith(f"{tested}."):
+        if (found := installed(package)) and not found.startswith(f"{tested}."):
             warn(f"{package} {found} is not what the tests run with, {tested}; constraints.txt has the versions")
     record = {"command": list(map(shown, [Path(sys.argv[0]).name, *sys.argv[1:]])), "commit": commit(), "engine": sources(),
-              "python": platform.python_version(), "versions": {name: _version(name) for name in PACKAGES}, "machine": hardware(), **facts}
+              "python": platform.python_version(), "versions": {name: installed(name) for name in PACKAGES}, "machine": hardware(), **facts}
     if start and (changed := _other_bits(path / "run.json", record)):
         warn(f"{path}: going on with {'; '.join(changed)} (before → now): results may no longer be those of one run to the bit")
     (path / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -100,7 +100,7 @@ def sources() -> str:
 
 def program() -> dict[str, Any]:
     """What computes: it must be the same on every rank of a run."""
-    return {"engine": sources(), "python": platform.python_version(), **{name: _version(name) for name in PACKAGES},
+    return {"engine": sources(), "python": platform.python_version(), **{name: installed(name) for name in PACKAGES},
             "threads": torch.get_num_threads()}
 
 
@@ -160,7 +160,8 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def _version(name: str) -> str | None:
+def installed(name: str) -> str | None:
+    """The version of a package, None where it is not there."""
     try:
         return version(name)
     except PackageNotFoundError:
