@@ -80,7 +80,7 @@ class Data:
     skip: list[str] = option([], "rows to go on without, as path:line, the way black boxes and errors name them; all others keep their places")
     shuffle: bool = option(True, "new order each epoch; false keeps the file's order, but for packed rows that fill a sequence begun before")
     cache: str = option("runs/.cache", "folder for tokenised rows, keyed by content")
-    workers: int | None = option(None, "processes that tokenise; one for each core if not given", low=1)
+    workers: int | None = option(None, "processes that tokenise, at most; one for each core if not given, and never more than one for each MiB of text", low=1)
 
     def sources(self, of: str) -> list[Source]:
         """Those of "train" or "validation", with all that they leave out."""
@@ -137,7 +137,7 @@ class Train:
     epochs: int = option(1, "passes over the training rows", low=1)
     max_steps: int | None = option(None, "stop after this many optimizer steps", low=1)
     global_batch: int = option(32, "sequences in an optimizer step, over all ranks", low=1)
-    micro_batch: int = option(4, "sequences in one forward on one rank; accumulation follows from it", low=1)
+    micro_batch: int = option(4, "sequences in one forward on one rank, at most; ranks share a step by its cost and accumulate what they take", low=1)
     precision: str = option("fp32", "type of the arithmetic; bf16 and fp16 by autocast", ("fp32", "bf16", "fp16"))
     loss_scale: float = option(65536.0, "fp16: first loss scale; it halves on overflow", low=1)
     loss_scale_growth: int = option(2000, "fp16: steps without overflow after which the scale doubles", low=1)

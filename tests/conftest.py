@@ -32,6 +32,7 @@ from engine.config import Data
 from engine.data import dataset
 from engine.data.formats import Message, Row
 from engine.errors import EngineError
+from engine.metrics import MEASURED
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = "red blue green cat dog fish apple pear one two three runs sleeps eats 红 蓝 猫 狗 跑".split()
@@ -65,6 +66,23 @@ def lists(found: tuple[np.ndarray, np.ndarray]) -> list[list[int]]:
 def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def steps(run: Path) -> list[dict[str, float]]:
+    """metrics.jsonl, a dict for each step."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def repeatable(run: Path) -> list[dict[str, float]]:
+    """The same without what the clock and the machine decide."""
+    return [{key: value for key, value in step.items() if not key.startswith(MEASURED)} for step in steps(run)]
+
+
+def flip(path: Path) -> None:
+    """One bit near the end of a file, in its last tensor."""
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    path.write_bytes(data)
 
 
 def held(what: Callable[[], None], seconds: float, megabytes: float) -> None:

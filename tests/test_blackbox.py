@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ragged_rows, write_rows
+from conftest import ragged_rows, steps, write_rows
 from safetensors.torch import load_file, save_file
 from test_resume import FULL, LONG, LORA, result, stop_after
 
@@ -103,7 +103,7 @@ def test_the_row_that_breaks_a_step_is_named_among_its_neighbours_and_can_be_gon
     assert ended.wait() == [0, 0], ended.log.read_text()
     entry = json.loads((tmp_path / "runs/run/ledger.json").read_text())["train"]["files"][0]
     assert entry["skipped"] == {"0": 1} and entry["trained"] == {"2": 22}
-    lines = [json.loads(line) for line in (tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()]
+    lines = steps(tmp_path / "runs/run")
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1)) and len(lines) > step
 
 
@@ -159,7 +159,7 @@ def test_a_spike_is_told_written_down_and_trained_through(recipe, ranks, tiny, t
     started = ranks(2, recipe(*DULL, f"model.path={model}"))
     assert started.wait() == [0, 0], started.log.read_text()
     run, said = tmp_path / "runs/run", started.log.read_text()
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = steps(run)
     assert [line["step"] for line in lines if line["train/spike"]] == list(JUNK) and not any(line["train/skipped"] for line in lines)
     warnings = [line for line in said.splitlines() if line.startswith("WARNING step")]
     assert len(warnings) == len(JUNK)
@@ -345,7 +345,7 @@ STORM = ("train.precision=fp16", "train.loss_scale=16777216", "train.global_batc
 
 def test_a_storm_of_overflows_is_resumed_inside_to_the_bit(recipe, ranks, trained, tmp_path):
     trained(2, recipe(*STORM, name="whole"))
-    lines = [json.loads(line) for line in (tmp_path / "runs/whole/metrics.jsonl").read_text().splitlines()]
+    lines = steps(tmp_path / "runs/whole")
     skipped = [line["train/skipped"] for line in lines]
     calm = skipped.index(0)
     assert calm > 5 and not any(skipped[calm + 5 :]), "a storm, and then none"
@@ -362,7 +362,7 @@ def test_a_storm_without_end_is_stopped_once_the_scale_is_one(recipe, ranks, tin
     assert ranks(1, lambda: stop_after(4, arguments)).wait() == [PREEMPTED]
     started = ranks(1, arguments)
     assert started.wait() == [NUMERIC], started.log.read_text()
-    lines = [json.loads(line) for line in (tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()]
+    lines = steps(tmp_path / "runs/run")
     assert [line["train/loss_scale"] for line in lines] == [max(1.0, 1000 / 2**step) for step in range(10)] and all(line["train/skipped"] for line in lines)
     assert "not finite at step 11 at loss scale 1; nothing was updated" in started.log.read_text() and box_of(tmp_path / "runs/run", 11)["loss_scale"] == 1.0
     assert [line["train/lr"] for line in lines] == sorted((line["train/lr"] for line in lines), reverse=True), "the schedule goes on by steps"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_rows
+from conftest import flip, write_rows
 
 from engine import checkpoint, train
 from engine.checkpoint import FILES, Snapshot
@@ -24,12 +24,6 @@ def folder(tmp_path) -> Path:
     for step in (10, 20):
         checkpoint.save(tmp_path, step, snapshot(float(step)), keep=5, best=None)
     return tmp_path
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
 
 
 def truncate(path: Path) -> None:

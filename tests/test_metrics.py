@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import load_dataset, ragged_rows, write_rows
+from conftest import load_dataset, ragged_rows, steps, write_rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engine import metrics, report
@@ -31,7 +31,7 @@ def watched_run(recipe, trained, tmp_path):
 
 
 def test_tensorboard_and_metrics_jsonl_hold_the_same_numbers(watched_run):
-    lines = [json.loads(line) for line in (watched_run / "metrics.jsonl").read_text().splitlines()]
+    lines = steps(watched_run)
     assert [line["step"] for line in lines] == list(range(7))
     events = EventAccumulator(str(watched_run / "tensorboard"))
     events.Reload()
@@ -51,7 +51,7 @@ def test_the_run_directory_describes_the_run(watched_run):
     assert record["ranks"] == 2 and record["versions"]["torch"] and len(record["data"]) == len(record["weights"]) == 64
     assert record["trained"] == record["parameters"] and "sdpa" in record["attention"] and "fp32" in record["precision"]
     state = json.loads((watched_run / "checkpoints/step-000000006/state.json").read_text())
-    lines = [json.loads(line) for line in (watched_run / "metrics.jsonl").read_text().splitlines()]
+    lines = steps(watched_run)
     assert state["best"]["loss"] == min(line["validation/loss"] for line in lines[1:] if "validation/loss" in line)
     assert "validation/exact_match" in json.loads((watched_run / "finished.json").read_text())
 
@@ -65,13 +65,13 @@ def test_validation_loss_is_the_mean_over_supervised_tokens(watched_run, tiny, t
         ids, mask = torch.from_numpy(rows.tokens[start:end].astype("int64")), torch.from_numpy(rows.supervised[start + 1 : end].copy())
         logits = model.lm_head(model(ids, torch.arange(len(ids)), PackedAttention([len(ids)], CPU)))[:-1]
         total += F.cross_entropy(logits[mask], ids[1:][mask], reduction="sum").item()
-    last = json.loads((watched_run / "metrics.jsonl").read_text().splitlines()[-1])
+    last = steps(watched_run)[-1]
     assert last["validation/loss"] == pytest.approx(total / rows.supervised.sum(), rel=1e-6)
 
 
 def test_speed_counts_real_tokens(watched_run, tiny, tmp_path):
     rows = load_dataset(tmp_path / "rows.jsonl", load_tokenizer(tiny), "alpaca", 64, "error", tmp_path / "cache")
-    lines = [json.loads(line) for line in (watched_run / "metrics.jsonl").read_text().splitlines()][1:]
+    lines = steps(watched_run)[1:]
     assert sum(line["train/tokens"] for line in lines) == 2 * len(rows.tokens) and sum(line["train/targets"] for line in lines) == 2 * rows.supervised.sum()
     for line in lines:
         assert line["train/tokens_per_s"] * line["time/step"] == pytest.approx(line["train/tokens"])
@@ -142,7 +142,7 @@ def test_losses_and_shares_by_source_add_up_to_the_whole(recipe, trained, tiny, 
     sources = f"[{{path: {tmp_path}/a.jsonl, weight: 1}}, {{path: {tmp_path}/b.jsonl, format: messages, name: chats, weight: 2}}]"
     trained(2, recipe(f"data.train={sources}", f"data.validation=[{{path: {tmp_path}/a.jsonl}}, {{path: {tmp_path}/b.jsonl, format: messages, name: chats}}]",
                       "data.packing=true", "train.global_batch=2", "train.epochs=2", "data.template=llama2", "data.max_length=96"))
-    lines = [json.loads(line) for line in (tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()]
+    lines = steps(tmp_path / "runs/run")
     events = EventAccumulator(str(tmp_path / "runs/run/tensorboard")).Reload()
     for line in lines[1:]:
         assert sum(line[f"train/share/{name}"] for name in ("a", "chats")) == pytest.approx(1, abs=1e-12)

@@ -51,7 +51,7 @@ def load_tokenizer(folder: Path, model: Path | None = None) -> "Tokenizer":
     elif (folder / "tokenizer.model").is_file():
         found = SentencePiece(folder, settings, generation)
     else:
-        raise EngineError("TOKENIZER-FILE", f"{folder}: has neither tokenizer.model nor tokenizer.json")
+        raise EngineError("TOKENIZER-FILE", f"{folder}: has neither tokenizer.model nor tokenizer.json; copy the one that the model was trained with into it")
     return found
 
 
@@ -71,7 +71,7 @@ class SentencePiece:
             raise EngineError("TOKENIZER-FILE", f"{path}: cannot be read as a sentencepiece model: {error}") from error
         self.size, self.eos = self.model.get_piece_size(), self.model.eos_id()
         if self.eos < 0:
-            raise EngineError("TOKENIZER-EOS", f"{path}: has no end-of-sequence piece; answers could never end")
+            raise EngineError("TOKENIZER-EOS", f"{path}: has no end-of-sequence piece, so answers could never end; take the model's own")
         self.ends = frozenset({self.eos, *_listed_ends(generation, folder)})
         begins = settings.get("add_bos_token", True) and self.model.bos_id() >= 0
         self.prefix = [self.model.bos_id()] if begins else []
@@ -150,7 +150,8 @@ class JsonTokenizer:
             listed = source.get("eos_token_id")
             number = number if number is not None else listed[0] if isinstance(listed, list) else listed
         if number is None:
-            raise EngineError("TOKENIZER-EOS", f"{path}: no end-of-sequence token is named in tokenizer_config.json, generation_config.json or config.json")
+            raise EngineError("TOKENIZER-EOS", f"{path}: no end-of-sequence token is named in tokenizer_config.json, generation_config.json or config.json; "
+                              "name it in one of them")
         return number
 
     def encode(self, text: str) -> list[int]:
