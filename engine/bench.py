@@ -45,7 +45,7 @@ Ids = tuple[list[int], int]  # a row's ids, and how many of them are not learnt
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser("bench", EXAMPLE, "Figures of this machine, as Markdown. WHAT --help tells more.")
+    parser = Parser("bench", EXAMPLE, "Figures of this machine, as Markdown. WHAT --help says more.")
     parser.add_argument("what", choices=BENCHES, metavar="WHAT", help=f"one of: {', '.join(BENCHES)}")
     BENCHES[parser.parse_args(argv[:1]).what](argv[1:])
 
@@ -248,13 +248,13 @@ def attention(argv: list[str]) -> None:
     parser.add_argument("--group", type=between(int, 1), nargs="+", default=[1, 4, 8], help="query heads that share keys [1 4 8]")
     parser.add_argument("--tokens", type=between(int, 1), default=16384, help="of a pack [16384]")
     parser.add_argument("--rounds", type=between(int, 1), default=20, help="how often each is timed [20]")
-    parser.add_argument("--rotary", action="store_true", help="q and k are turned by their positions as well: in our kernels, before the others")
+    parser.add_argument("--rotary", action="store_true", help="apply rotary embeddings to q and k as well: inside our kernels, before the others")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu tries the benchmark out, no more [cuda]")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise EngineError("BENCH-DEVICE", "bench attention: got no CUDA device, expected one", ENVIRONMENT)
     machine = hardware()
-    print(f"Packs of {args.tokens:,} tokens in bf16{', turned by their positions' * args.rotary}, medians of {args.rounds}. "
+    print(f"Packs of {args.tokens:,} tokens in bf16{', rotary embeddings included' * args.rotary}, medians of {args.rounds}. "
           f"{', '.join(machine['gpus']) or machine['cpu']}, torch {torch.__version__}, CUDA {machine['cuda']}, commit {commit()[:7]}.\n\n"
           "| documents' mean | head width | heads | kernel | forward | TFLOP/s | backward | TFLOP/s | both, of varlen's | memory |\n"
           "|---|---|---|---|---|---|---|---|---|---|")

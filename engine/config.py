@@ -1,6 +1,6 @@
 """Every option there is, as dataclasses; `load` turns a recipe and `key=value` arguments into one `Recipe`.
 
-Nothing here imports torch: a mistake in a recipe is told within a second, and all mistakes are told at once.
+Nothing here imports torch: a mistake in a recipe is reported within a second, and all mistakes at once.
 """
 
 import difflib
@@ -77,7 +77,7 @@ class Data:
     max_length: int = option(2048, "tokens in a sequence, template and end-of-sequence included", low=2)
     too_long: str = option("error", "a row over max_length: truncate cuts its end, split makes rows of its pieces", ("error", "truncate", "drop", "split"))
     packing: bool = option(True, "fill sequences with several rows; attention never crosses rows")
-    skip: list[str] = option([], "rows to go on without, as path:line, the way black boxes and errors name them; all others keep their places")
+    skip: list[str] = option([], "rows to train without, as path:line, the way black boxes and errors name them; all others keep their places")
     shuffle: bool = option(True, "new order each epoch; false keeps the file's order, but for packed rows that fill a sequence begun before")
     cache: str = option("runs/.cache", "folder for tokenised rows, keyed by content")
     workers: int | None = option(None, "processes that tokenise, at most; one for each core if not given, and never more than one for each MiB of text", low=1)
@@ -105,7 +105,7 @@ class Lora:
     dora: bool = option(False, "DoRA: also train the length of each row of the adapted weights")
     init: str = option("random", "A and B at the start; pissa: the largest singular parts of the weight, seconds a layer to find", ("random", "pissa"))
     modules_to_save: list[str] = option([], "trained whole, in fp32, beside the adapters", ("embed_tokens", "lm_head"))
-    start: str | None = option(None, "adapter folder in PEFT layout to go on from; it decides all of the above but dropout")
+    start: str | None = option(None, "adapter folder in PEFT layout to start from; it decides all of the above but dropout")
 
     @property
     def used(self) -> bool:
@@ -169,7 +169,7 @@ class Checkpoint:
 
 @dataclass
 class Resume:
-    allow: list[str] = option([], "differences from the checkpoint's run that are meant, by the names that a refusal tells: optim.lr, data, weights, …")
+    allow: list[str] = option([], "differences from the checkpoint's run that are meant, by the names in the refusal: optim.lr, data, weights, …")
 
 
 @dataclass
@@ -457,7 +457,7 @@ def _trained_whole(lora: Lora) -> list[str]:
     try:
         return json.loads((Path(lora.start) / "adapter_config.json").read_text(encoding="utf-8")).get("modules_to_save") or []
     except (OSError, ValueError, AttributeError):
-        return []  # told where the adapter is read
+        return []  # reported where the adapter is read
 
 
 def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -321,7 +321,7 @@ def check_replicas(tensors: dict[str, Tensor], world: World) -> None:
         ranks = ", ".join(map(str, differs[:, number].nonzero()[:, 0].tolist()))
         raise EngineError("PEER-REPLICA", f"{list(tensors)[number]} differs from rank 0's on rank {ranks} (and {int(differs.any(0).sum()) - 1} more "
                           "parameters differ); expected the same bits everywhere. Nothing was saved: look at these ranks' hardware, then start "
-                          "again, which goes on from the last checkpoint", PEER)
+                          "again, which resumes from the last checkpoint", PEER)
 
 
 def fork_ranks(size: int, main: Callable[[list[str]], int | None], log: Path, threads: int) -> list[int]:

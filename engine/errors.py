@@ -169,7 +169,7 @@ def last(folder: Path) -> EngineError | None:
 
 
 def _note(path: Path, code: int, message: str) -> None:
-    """All of it or nothing, and the first rank's alone: the disk may be what failed, and that must still be told."""
+    """All of it or nothing, and the first rank's alone: the disk may be what failed, and that must still be reported."""
     with suppress(OSError):
         if path.parent.is_dir() and not path.exists():
             try:

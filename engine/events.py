@@ -58,7 +58,7 @@ class Events:
         except OSError as error:
             told, self.told, self.writer = self.told, True, None  # for good: its thread has ended
             if not told:
-                warn(f"{self.folder}: TensorBoard's files cannot be written ({error}); training goes on, metrics.jsonl has every number")
+                warn(f"{self.folder}: TensorBoard's files cannot be written ({error}); training continues, metrics.jsonl has every number")
 
     def _not_of_tensorboard(self, what: threading.ExceptHookArgs) -> None:
         """Its thread's failure comes back at our next call, and is told there."""

@@ -1,4 +1,4 @@
-"""Makes a black box again: trains from its checkpoint to its step, in a scratch folder, and compares every number to the bit.
+"""Reproduces a black box: trains from its checkpoint to its step, in a scratch folder, and compares every number to the bit.
 
     python -m engine.replay runs/NAME/blackbox/step-000000010
 
@@ -64,7 +64,7 @@ def opened(box: Path) -> tuple[dict[str, Any], dict[str, Any], str, str]:
 
 
 def train(box: Path, recorded: dict[str, Any], before: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The black box made again, by engine.train in `folder`."""
+    """The black box reproduced, by engine.train in `folder`."""
     import torch
 
     from engine import blackbox, distributed
@@ -82,7 +82,7 @@ def train(box: Path, recorded: dict[str, Any], before: dict[str, Any], folder: P
     sys.stderr.writelines(line + "\n" for line in (folder / "log").read_text(encoding="utf-8", errors="replace").splitlines() if line.startswith("WARNING"))
     now = json.loads((run_again / "run.json").read_text(encoding="utf-8"))
     if changed := [f"{name}: {before.get(name)} → {now.get(name)}" for name in config.CONTENT if before.get(name) != now.get(name)]:
-        raise EngineError("REPLAY-CHANGED", f"{box}: cannot be made again: {'; '.join(changed)}; put back what the run had", CHECKPOINT)
+        raise EngineError("REPLAY-CHANGED", f"{box}: cannot be reproduced: {'; '.join(changed)}; put back what the run had", CHECKPOINT)
     made = run_again / "blackbox" / f"step-{recorded['step']:09d}" / "blackbox.json"
     if not made.exists():
         error = last(run_again)
@@ -92,7 +92,7 @@ def train(box: Path, recorded: dict[str, Any], before: dict[str, Any], folder: P
         raise error
     again = json.loads(made.read_text(encoding="utf-8"))
     if recorded["checkpoint"] is None and (changed := differences(recorded["began"], again["began"])):
-        raise EngineError("REPLAY-CHANGED", f"{box}: cannot be made again: at the start the weights' bits add up to {changed[0]}; put back what the run had",
+        raise EngineError("REPLAY-CHANGED", f"{box}: cannot be reproduced: at the start the weights' bits add up to {changed[0]}; put back what the run had",
                           CHECKPOINT)
     return again
 

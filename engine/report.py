@@ -1,4 +1,4 @@
-"""What a run tells its user: the plan as an equation before the first step, and at the end what came of it."""
+"""What a run reports to its user: the plan as an equation before the first step, and at the end what came of it."""
 
 import sys
 from pathlib import Path

@@ -36,7 +36,7 @@ def check(run: Path, rank: int) -> None:
     if count > IN_VAIN:
         raise EngineError("RESTART-LOOP", f"{run}: gave up, {IN_VAIN} restarts from step {newest} brought no newer checkpoint; the last ended with: {told}",
                           code)
-    with suppress(OSError):  # a disk that is full is told elsewhere
+    with suppress(OSError):  # a full disk is reported elsewhere
         note.write_text(json.dumps({"from_step": newest, "restarts": count}) + "\n", encoding="utf-8")
 
 

@@ -32,7 +32,7 @@ PACKAGES = ("torch", "numpy", "sentencepiece", "safetensors", "omegaconf", "tens
 def choose(cfg: Recipe) -> Path:
     """`folder/name`, unless a finished run lies there: then the first of `name-2`, `name-3` … without one.
 
-    An unfinished run is gone on with, a finished one is kept as it is. All ranks look before any of them writes.
+    An unfinished run is resumed, a finished one is kept as it is. All ranks look before any of them writes.
     """
     folder, number = Path(cfg.run.folder), 1
     path = folder / cfg.run.name
@@ -77,7 +77,7 @@ def locked(path: Path, rank: int) -> Iterator[None]:
 def describe(path: Path, cfg: Recipe, facts: dict[str, Any], start: int = 0) -> None:
     """Writes recipe.yaml, and run.json: versions, hardware, commit, command, and `facts` such as digests.
 
-    One warning tells what decides the last bit of a sum and differs from the launch that is gone on with at step `start`.
+    One warning names what decides the last bit of a sum and differs from the launch that is resumed at step `start`.
     """
     (path / "recipe.yaml").write_text(config.dump(cfg), encoding="utf-8")
     for package, tested in TESTED.items():
@@ -86,7 +86,7 @@ def describe(path: Path, cfg: Recipe, facts: dict[str, Any], start: int = 0) -> 
     record = {"command": list(map(shown, [Path(sys.argv[0]).name, *sys.argv[1:]])), "commit": commit(), "engine": sources(),
               "python": platform.python_version(), "versions": {name: installed(name) for name in PACKAGES}, "machine": hardware(), **facts}
     if start and (changed := _other_bits(path / "run.json", record)):
-        warn(f"{path}: going on with {'; '.join(changed)} (before → now): results may no longer be those of one run to the bit")
+        warn(f"{path}: resumed with {'; '.join(changed)} (before → now): results may no longer be those of one run to the bit")
     (path / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
@@ -115,7 +115,7 @@ def _other_bits(path: Path, record: dict[str, Any]) -> list[str]:
 
 
 def commit_of_base(path: Path, name: str) -> str | None:
-    """The hub's commit that an unfinished run began with: going on with it, a newer one is not for us."""
+    """The hub's commit that an unfinished run began with: a resume takes no newer one."""
     try:
         base = json.loads((path / "run.json").read_text(encoding="utf-8"))["base"]
     except (OSError, ValueError, LookupError):

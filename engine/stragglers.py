@@ -1,4 +1,4 @@
-"""A rank that is much slower than the others, told once: each waits for the slowest in every step, and nobody would know for whom."""
+"""A rank that is much slower than the others, reported once: each waits for the slowest in every step, and nobody would know for whom."""
 
 from statistics import median
 

@@ -17,7 +17,7 @@ from engine.signals import StopRequest
 
 
 def main(argv: list[str]) -> int:
-    # ---- Recipe: every mistake in it is told here, before torch takes its seconds to import -------------------------
+    # ---- Recipe: every mistake in it is reported here, before torch takes its seconds to import ---------------------
     cfg, stop = config.load(argv), StopRequest()
 
     from engine import adapter, blackbox, checkpoint, distributed, export, hub, metrics, optim, precision, report, restarts, rundir
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     from engine.saver import Saver
     from engine.stragglers import Stragglers
 
-    # ---- Run directory: a finished one is left alone, an unfinished one goes on from its newest whole checkpoint ----
+    # ---- Run directory: a finished one is left alone, an unfinished one resumes from its newest whole checkpoint --
     run, rank = rundir.choose(cfg), errors.rank_in_launch()
     with (stop, rundir.locked(run, rank), errors.recorded(run / "last_error.json", rank), distributed.losses_told(),
           Saver(run / "checkpoints", cfg.checkpoint, rank == 0) as saver):
@@ -167,7 +167,7 @@ def main(argv: list[str]) -> int:
             log.step(done, scalars)
             saver.write(leaving, log.settle, partial(ledger.write, run, rows, held_out, plan, done, counted))  # in the background
             if asked and done < num_steps:
-                log.say(f"stopped as asked after step {done}, saved; the same command goes on from there")
+                log.say(f"stopped as asked after step {done}, saved; the same command resumes from there")
                 log.close()
                 distributed.close(world)
                 return restarts.stopped(run)

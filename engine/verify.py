@@ -123,7 +123,7 @@ def prove(runs: "Runs", cfg: config.Recipe, table: Table) -> None:
         if size > facts["ranks"]:
             return Result(f"not possible: {facts['room']}", holds=None)
         run = runs.folder / "split"
-        shutil.rmtree(run, ignore_errors=True)  # one that failed would be gone on with
+        shutil.rmtree(run, ignore_errors=True)  # one that failed would be resumed
         problem = runs.train(size, "split", *SPLIT, *in_fp32, f"train.micro_batch={micro_batch}")
         apart_on[size] = apart_on.get(size) or (problem if problem and "E-PEER-REPLICA" in problem else None)
         if problem:
@@ -142,7 +142,7 @@ def prove(runs: "Runs", cfg: config.Recipe, table: Table) -> None:
         return Result(problem) if problem else Result(f"{len(facts['names'])} tensors alike on {' and '.join(map(str, sizes))} ranks", "every bit", True)
 
     def resume(size: int) -> Result:
-        """Three steps at once; then all that came after the first is taken away, as if a kill had come there, and the run goes on."""
+        """Three steps at once; then all that came after the first is taken away, as if a kill had come there, and the run is resumed."""
         run, checkpoints = runs.folder / "resume", runs.folder / "resume/checkpoints"
         if problem := runs.train(size, "resume", "train.max_steps=3"):
             return Result(problem)
@@ -153,7 +153,7 @@ def prove(runs: "Runs", cfg: config.Recipe, table: Table) -> None:
         if problem := runs.train(size, "resume", "train.max_steps=3"):
             return Result(problem)
         if (checkpoints / "step-000000001").stat().st_ino != first:
-            return Result("began anew in place of going on from the checkpoint")
+            return Result("started from scratch in place of resuming from the checkpoint")
         differ, total = 0, 0
         for name in ("model.safetensors", "optimizer.safetensors"):
             one, other = (np.fromfile(folder / name, np.uint8) for folder in (runs.folder / "whole", checkpoints / "step-000000003"))

@@ -259,7 +259,7 @@ class Watchdog:
                              (f", at {beat.stack}" if beat.stack else ""))
         more = f" (and {len(late) - 4} more)" if len(late) > 4 else ""
         return (f"{'; '.join(found)}{more}; rank {self.rank} waits in {now.place}, expected less than train.timeout_s={self.timeout_s:g}: look at that "
-                "rank's machine, or raise it, and start again, which goes on from the last checkpoint")
+                "rank's machine, or raise it, and start again, which resumes from the last checkpoint")
 
     def lost(self, why: str) -> EngineError:
         """What to say where an exchange failed for `why`: the ranks that have left and their words, or those that are no longer heard."""
@@ -279,7 +279,7 @@ class Watchdog:
             gone = f"rank {self.host} is gone without a word (killed? out of memory?), and the store that it held"
         else:
             gone = f"nobody knows which one is gone: {why}"
-        return EngineError("PEER-LOST", f"rank {self.rank} lost the others in {now.place}: {gone}; start again, which goes on from the last checkpoint", PEER)
+        return EngineError("PEER-LOST", f"rank {self.rank} lost the others in {now.place}: {gone}; start again, which resumes from the last checkpoint", PEER)
 
     def _words(self) -> str:
         """Of those that left for a reason of their own."""

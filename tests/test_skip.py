@@ -140,7 +140,7 @@ def test_an_id_that_calls_no_row_is_an_error(recipe, tmp_path, id, words):
 
 def test_rows_of_one_line_cannot_be_told_apart(recipe, tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps(ragged_rows(5)))
-    with pytest.raises(EngineError, match="calls 5 rows of one line"):
+    with pytest.raises(EngineError, match="names 5 rows of one line"):
         train.main(recipe(f"data.train={tmp_path}/rows.json", f"data.skip=['{tmp_path}/rows.json:1']"))
 
 

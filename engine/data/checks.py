@@ -1,6 +1,6 @@
-"""What may be wrong with rows, told from the cached arrays alone: no text is read, so a million rows take a second or two.
+"""What may be wrong with rows, seen in the cached arrays alone: no text is read, so a million rows take a second or two.
 
-An *error* keeps training from starting, a *warning* is told at its start in one line, a *note* by `engine.audit` alone.
+An *error* keeps training from starting, a *warning* is one line at its start, a *note* is reported by `engine.audit` alone.
 """
 
 from collections import Counter
@@ -43,7 +43,7 @@ class Finding:
 
 
 def findings(train: Dataset, held_out: Dataset | None, data: Data) -> Iterator[Finding]:
-    """All that the arrays tell, errors first."""
+    """All that the arrays show, errors first."""
     yield from errors(train, held_out, data)
     yield from doubts(train, held_out)
     for name, dataset in (("data.train", train), ("data.validation", held_out)):

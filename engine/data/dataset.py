@@ -163,10 +163,10 @@ def load(cfg: Data, of: str, tokenizer: Tokenizer, seed: int = 0, strict: bool =
 
 
 def _named(dataset: Dataset, ids: list[str]) -> np.ndarray:
-    """Rows that are called path:line, each once.
+    """Rows that are named path:line, each once.
 
     Raises:
-        EngineError: an id calls none that is trained on, or the lines of a file hold more rows than one.
+        EngineError: an id names none that is trained on, or the lines of a file hold more rows than one.
     """
     found: list[int] = []
     for one in ids:
@@ -176,7 +176,7 @@ def _named(dataset: Dataset, ids: list[str]) -> np.ndarray:
             if line.isdecimal() and (str(file.path) == path or file.path.resolve() == Path(path).resolve()):
                 mine = first + np.flatnonzero(dataset.rows["line"][first : first + file.kept] == int(line))
                 if len(mine) > 1:
-                    raise EngineError("DATA-SKIP", f"data.skip: {one} calls {len(mine)} rows of one line; give each record of {file.path} a line of its own")
+                    raise EngineError("DATA-SKIP", f"data.skip: {one} names {len(mine)} rows of one line; give each record of {file.path} a line of its own")
                 rows += [row for row in mine.tolist() if dataset.times[row]]
             first += file.kept
         if not rows:
@@ -198,7 +198,7 @@ def _refuse_rejects(files: list[File]) -> None:
         return
     named = [f"{where}: {reason}" for file in files for where, reason in islice(file.rejects(), NAMED)]
     more = f"\n(and {count - NAMED:,} more)" if count > NAMED else ""
-    raise EngineError("DATA-ROW", "\nERROR E-DATA-ROW ".join(named[:NAMED]) + more + "; mend the rows, or set data.on_bad_row=skip to leave them out")
+    raise EngineError("DATA-ROW", "\nERROR E-DATA-ROW ".join(named[:NAMED]) + more + "; fix the rows, or set data.on_bad_row=skip to leave them out")
 
 
 def _rows(files: list[File]) -> tuple[np.ndarray, list[str]]:
