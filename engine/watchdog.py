@@ -219,7 +219,7 @@ class Watchdog:
                 errors.end(error, speaks=first)
             if now.inside and now.age > ALL_WAIT * self.timeout_s and self._all_wait() and not self.left:
                 error = EngineError("PEER-HUNG", f"all ranks have waited for {now.age:.0f} s in one exchange ({now.place}), so a network or a GPU has lost it: "
-                                    "look at both (dmesg, nvidia-smi), and start again, which goes on from the last checkpoint; or raise train.timeout_s", PEER)
+                                    "look at both (dmesg, nvidia-smi), and start again, which resumes from the last checkpoint; or raise train.timeout_s", PEER)
                 self.leave(error.text, True)
                 errors.end(error, speaks=True)
             # An exchange with one that has left does not end. Of a ring its neighbours alone are told by the connection.
