@@ -180,7 +180,7 @@ def losses_told() -> Iterator[None]:
                                "data.max_length, or set train.activation_checkpointing", ENVIRONMENT)
         elif isinstance(error, RuntimeError) and any(words in text for words in OF_GPU) and not any(words in text for words in OF_KERNEL):
             told = EngineError("ENVIRONMENT-GPU", f"the GPU of rank {rank} failed in {watchdog.now.place}: {text}; look on that machine for Xid in dmesg and "
-                               "for ECC in nvidia-smi -q, then start again, which goes on from the last checkpoint", ENVIRONMENT)
+                               "for ECC in nvidia-smi -q, then start again, which resumes from the last checkpoint", ENVIRONMENT)
         if own:
             own.leave(str(told).splitlines()[0] if isinstance(told, EngineError) else f"{type(error).__name__}: {text}", cause=True)
         if told is error:
