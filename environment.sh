@@ -43,9 +43,9 @@ environment_install() {  # EXTRAS
   if environment_ready "$1"; then return; fi  # the launch we waited for has done it
 
   echo "Installing PyTorch and the rest into .venv, once: 1 to 10 minutes, most of it PyTorch's download (GBs with CUDA)." >&2
-  echo "You may stop it at any time; the next start goes on." >&2
+  echo "You may stop it at any time; the next start continues." >&2
   if ! { environment_is_new_enough "$python" && "$python" -m pip install --help >/dev/null 2>&1; }; then
-    python3 -m venv --clear .venv >&2 || environment_fail INSTALL "python3 -m venv .venv failed, as told above; is the disk full?"
+    python3 -m venv --clear .venv >&2 || environment_fail INSTALL "python3 -m venv .venv failed, see above; is the disk full?"
   fi
   rm -f .venv/installed-*
   # pip writes INSTALLER once a package's own files are all there. One without it was cut off, yet pip would take it for installed.
@@ -53,9 +53,9 @@ environment_install() {  # EXTRAS
     [ -e "$package/INSTALLER" ] || rm -rf "$package"
   done
   "$python" -m pip install -c constraints.txt -e ".[$1]" >&2 || environment_fail INSTALL \
-    "pip failed, as told above; check network, disk and package index and start again, or set ENGINE_PYTHON=/path/to/python"
+    "pip failed, see above; check network, disk and package index and start again, or set ENGINE_PYTHON=/path/to/python"
   if [ "$1" = dev ]; then  # for a tokenizer's file that tests read; what the package depends on would hold numpy back
-    "$python" -m pip install -c constraints.txt --no-deps mistral-common >&2 || environment_fail INSTALL "pip failed on mistral-common, as told above"
+    "$python" -m pip install -c constraints.txt --no-deps mistral-common >&2 || environment_fail INSTALL "pip failed on mistral-common, see above"
   fi
   touch ".venv/installed-$1-$environment_sum"
 }

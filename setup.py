@@ -81,6 +81,7 @@ setup(
     extras_require={
         "hub": hub,
         "parquet": parquet,
+        "gpu": ["nvidia-ml-py"],
         "dev": [*hub, *parquet, "pytest", "hypothesis", "ruff", "transformers", "peft"],  # the last two are references in tests
     },
 )

@@ -1,6 +1,6 @@
 """How fast parts of the engine are on this machine, beside what else does the same; the figures come as Markdown.
 
-    python -m engine.bench data --model models/smollm2-135m --rows shared/data/gsm8k_train.jsonl
+    python -m engine.bench data --model models/smollm2-135m --rows rows.jsonl
 
 `data`: rows as text -> ids and masks, packed and on disk. Every side does it in a process of its own, in turns, round after round;
 medians count. The clock starts when libraries are imported and the tokenizer is loaded, which has a column of its own; the start of
@@ -23,7 +23,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +38,14 @@ from engine.data.plan import Plan
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import BUG, ENVIRONMENT, EngineError, extra, run
 from engine.fused_attention import refusal
+from engine.rundir import commit, hardware, installed
 
 BATCH = 1000  # rows that the libraries get at once, as datasets.map has it
 Ids = tuple[list[int], int]  # a row's ids, and how many of them are not learnt
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser("bench", EXAMPLE, "Figures of this machine, as Markdown. WHAT --help tells more.")
+    parser = Parser("bench", EXAMPLE, "Figures of this machine, as Markdown. WHAT --help says more.")
     parser.add_argument("what", choices=BENCHES, metavar="WHAT", help=f"one of: {', '.join(BENCHES)}")
     BENCHES[parser.parse_args(argv[:1]).what](argv[1:])
 
@@ -68,7 +68,7 @@ def data(argv: list[str]) -> None:
     if not (args.model / "tokenizer.json").is_file():
         raise EngineError("BENCH-MODEL", f"{args.model}: has no tokenizer.json, which the other sides need")
     extra("transformers", "engine.bench data", "dev")
-    sides = [side for side in SIDES if side != "datasets" or _version("datasets")]
+    sides = [side for side in SIDES if side != "datasets" or installed("datasets")]
     found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(args.rounds):
@@ -92,10 +92,8 @@ def _timed(args: argparse.Namespace, side: str, folder: Path) -> dict[str, float
 
 
 def _print(args: argparse.Namespace, found: dict[str, list[dict[str, float]]], differing: dict[str, int]) -> None:
-    from engine.rundir import commit, hardware
-
     machine, (rows, tokens) = hardware(), (int(found["ours"][0][key]) for key in ("rows", "tokens"))
-    versions = ", ".join(f"{name} {_version(name)}" for name in ("tokenizers", "transformers", "datasets", "numpy") if _version(name))
+    versions = ", ".join(f"{name} {installed(name)}" for name in ("tokenizers", "transformers", "datasets", "numpy") if installed(name))
     median = {side: {key: statistics.median(one[key] for one in rounds) for key in ("seconds", "cpu_seconds", "loading")} for side, rounds in found.items()}
     print(f"{rows:,} rows, {tokens:,} tokens of {args.rows.name} with the tokenizer of {args.model.name}; {args.rounds} rounds, medians (least to most).\n")
     print("| side | rows/s | against transformers | seconds | CPU seconds | tokenizer loads in |\n|---|---|---|---|---|---|")
@@ -236,13 +234,6 @@ def _differing(one: Path, other: Path) -> int:
     return sum(not all(map(np.array_equal, *rows)) for rows in zip(*parts, strict=True))
 
 
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 # ---- attention -----------------------------------------------------------------------------------------------------------
 
 WIDTH = 2048  # heads × head width
@@ -257,16 +248,14 @@ def attention(argv: list[str]) -> None:
     parser.add_argument("--group", type=between(int, 1), nargs="+", default=[1, 4, 8], help="query heads that share keys [1 4 8]")
     parser.add_argument("--tokens", type=between(int, 1), default=16384, help="of a pack [16384]")
     parser.add_argument("--rounds", type=between(int, 1), default=20, help="how often each is timed [20]")
-    parser.add_argument("--rotary", action="store_true", help="q and k are turned by their positions as well: in our kernels, before the others")
+    parser.add_argument("--rotary", action="store_true", help="apply rotary embeddings to q and k as well: inside our kernels, before the others")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu tries the benchmark out, no more [cuda]")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise EngineError("BENCH-DEVICE", "bench attention: got no CUDA device, expected one", ENVIRONMENT)
-    from engine.rundir import commit, hardware
-
     machine = hardware()
     gpu = f"{torch.cuda.get_device_name()}, capability {torch.cuda.get_device_capability()}" if args.device == "cuda" else machine["cpu"]
-    print(f"Packs of {args.tokens:,} tokens in bf16{', turned by their positions' * args.rotary}, medians of {args.rounds}. "
+    print(f"Packs of {args.tokens:,} tokens in bf16{', rotary embeddings included' * args.rotary}, medians of {args.rounds}. "
           f"{gpu}, torch {torch.__version__}, CUDA {machine['cuda']}, commit {commit()[:7]}.\n\n"
           "| documents' mean | head width | heads | kernel | forward | TFLOP/s | backward | TFLOP/s | both, of varlen's | memory |\n"
           "|---|---|---|---|---|---|---|---|---|---|")

@@ -3,7 +3,7 @@
     runs/NAME/blackbox/step-000000010/   blackbox.json  recipe.yaml  run.json  checkpoint/step-000000008/
 
 A loss or gradient that is not finite, where no lower loss scale can help, leaves one and ends the run. A loss far above the
-last ones leaves one and the run goes on. `python -m engine.replay` makes it again, to the bit, from the checkpoint in it, which the
+last ones leaves one and the run continues. `python -m engine.replay` reproduces it, to the bit, from the checkpoint in it, which the
 newest black box alone holds: each would keep the room of a checkpoint for good.
 """
 
@@ -13,7 +13,6 @@ import math
 import os
 import shutil
 import statistics
-import sys
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -32,7 +31,7 @@ from engine.data.plan import Step
 from engine.data.tokenizer import Tokenizer
 from engine.data.view import View, as_text, spans
 from engine.distributed import World
-from engine.errors import NUMERIC, EngineError
+from engine.errors import NUMERIC, EngineError, warn
 from engine.precision import LossScale
 from engine.publish import published
 from engine.record import plain
@@ -91,7 +90,7 @@ class Recorder:
             told = f"{blame(found)}. {self._write(found)}"
         if spike and self.world.is_first:
             rows = told or f"rows {_some([self.rows.where(int(self.rows.row[document])) for document in step.trained])}"
-            print(f"WARNING step {step.number + 1}: loss {loss:.4f} is {before}; training goes on. {rows}", file=sys.stderr, flush=True)
+            warn(f"step {step.number + 1}: loss {loss:.4f} is {before}; training continues. {rows}")
         if replayed:
             raise EngineError("NUMERIC-REPLAYED", told, NUMERIC)
         return {"train/skipped": int(not judged), "train/spike": int(spike)}, told
@@ -164,7 +163,7 @@ class Recorder:
                 problem = f"There is no black box: {error}"
         if distributed.from_first(bool(problem), self.world):
             return problem or "There is no black box"
-        return f"Black box: {target}; python -m engine.replay makes it again, data.skip=[path:line, …] goes on without rows"
+        return f"Black box: {target}; python -m engine.replay reproduces it, data.skip=[path:line, …] trains without rows"
 
     def _publish(self, target: Path, found: dict[str, Any]) -> None:
         newest = checkpoint.newest(self.run / "checkpoints")

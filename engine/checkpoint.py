@@ -114,24 +114,24 @@ def newest_whole(folder: Path) -> int | None:
     """The step of the newest checkpoint that is whole; None where there never was one. One warning names those passed over.
 
     Raises:
-        EngineError: there are checkpoints and none is whole. A run with a history is never silently begun anew.
+        EngineError: there are checkpoints and none is whole. A run with a history never silently starts from scratch.
     """
     damaged = []
     for step in reversed(steps_in(folder)):
         problem = damage(folder / f"step-{step:09d}")
         if problem is None:
             if unknown := sorted(set(os.listdir(folder / f"step-{step:09d}")) - {*FILES, MANIFEST}):
-                print(f"WARNING: {folder}/step-{step:09d}: ignoring what is none of a checkpoint's files: {', '.join(unknown)}", file=sys.stderr, flush=True)
+                print(f"WARNING {folder}/step-{step:09d}: ignoring what is none of a checkpoint's files: {', '.join(unknown)}", file=sys.stderr, flush=True)
             if strange := _others_may_write(folder / f"step-{step:09d}"):
-                print(f"WARNING: {strange}: another user may write there. A checkpoint's sums tell damage, not forgery: where you do not trust them all, "
-                      "begin anew, else chown and chmod go-w it", file=sys.stderr, flush=True)
+                print(f"WARNING {strange}: another user may write there. A checkpoint's sums show damage, not forgery: where you do not trust them all, "
+                      "start from scratch, else chown and chmod go-w it", file=sys.stderr, flush=True)
             if damaged:
-                print(f"WARNING: passing over damaged checkpoints: {'; '.join(damaged)}. Going on from step {step}", file=sys.stderr, flush=True)
+                print(f"WARNING passing over damaged checkpoints: {'; '.join(damaged)}. Resuming from step {step}", file=sys.stderr, flush=True)
             return step
         damaged.append(f"step-{step:09d}: {problem}")
     if damaged:
         raise EngineError("CHECKPOINT-NONE", f"{folder}: no checkpoint is whole ({'; '.join(damaged)}); expected at least one. "
-                          "Restore one, or choose another run.name to begin anew", CHECKPOINT)
+                          "Restore one, or choose another run.name to start from scratch", CHECKPOINT)
     return None
 
 
@@ -161,7 +161,7 @@ def opened(folder: Path, step: int, verify: bool = True) -> Iterator[Snapshot]:
     """
     path = folder / f"step-{step:09d}"
     if verify and (problem := damage(path)):
-        raise EngineError("CHECKPOINT-DAMAGED", f"{path}: {problem}", CHECKPOINT)
+        raise EngineError("CHECKPOINT-DAMAGED", f"{path}: {problem}; start again to resume from the newest whole one", CHECKPOINT)
     try:
         with tensorfile.Reader(path / FILES[0]) as model, tensorfile.Reader(path / FILES[1]) as optimizer:
             yield Snapshot(model, optimizer, json.loads((path / FILES[2]).read_text(encoding="utf-8")))
@@ -192,7 +192,7 @@ def damage(path: Path) -> str | None:
             return "manifest.json is not as it was written"
         if manifest["format"] > FORMAT:
             raise EngineError("CHECKPOINT-NEWER", f"{path}: was written by a newer engine, in format {manifest['format']}, expected at most {FORMAT}; "
-                              "go on with that engine, or choose another run.name", CHECKPOINT)
+                              "resume with that engine, or choose another run.name", CHECKPOINT)
         if manifest["format"] != FORMAT or sorted(files) != sorted(FILES) or path.name != f"step-{manifest['step']:09d}":
             return "manifest.json belongs to something else"
         for name in FILES:
@@ -207,9 +207,9 @@ def damage(path: Path) -> str | None:
 
 
 def compare_identity(path: Path, state: dict[str, Any], current: dict[str, Any], allow: Collection[str], rows: Dataset, speaks: bool) -> set[str]:
-    """The parts in which a checkpoint's run differs from the one that goes on, if `allow` names them all.
+    """The parts in which a checkpoint's run differs from the one that resumes, if `allow` names them all.
 
-    One warning tells them, and `current` keeps them as "allowed", with those before. An option that the checkpoint's engine
+    One warning names them, and `current` keeps them as "allowed", with those before. An option that the checkpoint's engine
     did not have yet had the value that is now its default.
 
     Args:
@@ -233,7 +233,7 @@ def compare_identity(path: Path, state: dict[str, Any], current: dict[str, Any],
         anew = f"; rows come in another order, and are counted, from step {state['step'] + 1} on" if ledger.PLANNED & set(different) else ""
         current["allowed"] = [*current["allowed"], *(f"after step {state['step']}: {text}" for text in different.values())]
         if speaks:
-            print(f"WARNING {path}: going on with what differs, as resume.allow says: {'; '.join(different.values())}{anew}", file=sys.stderr, flush=True)
+            print(f"WARNING {path}: resumed with what differs, as resume.allow says: {'; '.join(different.values())}{anew}", file=sys.stderr, flush=True)
     return set(different)
 
 

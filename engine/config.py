@@ -1,12 +1,13 @@
 """Every option there is, as dataclasses; `load` turns a recipe and `key=value` arguments into one `Recipe`.
 
-Nothing here imports torch: a mistake in a recipe is told within a second, and all mistakes are told at once.
+Nothing here imports torch: a mistake in a recipe is reported within a second, and all mistakes at once.
 """
 
 import difflib
 import glob
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -76,10 +77,10 @@ class Data:
     max_length: int = option(2048, "tokens in a sequence, template and end-of-sequence included", low=2)
     too_long: str = option("error", "a row over max_length: truncate cuts its end, split makes rows of its pieces", ("error", "truncate", "drop", "split"))
     packing: bool = option(True, "fill sequences with several rows; attention never crosses rows")
-    skip: list[str] = option([], "rows to go on without, as path:line, the way black boxes and errors name them; all others keep their places")
+    skip: list[str] = option([], "rows to train without, as path:line, the way black boxes and errors name them; all others keep their places")
     shuffle: bool = option(True, "new order each epoch; false keeps the file's order, but for packed rows that fill a sequence begun before")
     cache: str = option("runs/.cache", "folder for tokenised rows, keyed by content")
-    workers: int | None = option(None, "processes that tokenise; one for each core if not given", low=1)
+    workers: int | None = option(None, "processes that tokenise, at most; one for each core if not given, and never more than one for each MiB of text", low=1)
 
     def sources(self, of: str) -> list[Source]:
         """Those of "train" or "validation", with all that they leave out."""
@@ -104,7 +105,7 @@ class Lora:
     dora: bool = option(False, "DoRA: also train the length of each row of the adapted weights")
     init: str = option("random", "A and B at the start; pissa: the largest singular parts of the weight, seconds a layer to find", ("random", "pissa"))
     modules_to_save: list[str] = option([], "trained whole, in fp32, beside the adapters", ("embed_tokens", "lm_head"))
-    start: str | None = option(None, "adapter folder in PEFT layout to go on from; it decides all of the above but dropout")
+    start: str | None = option(None, "adapter folder in PEFT layout to start from; it decides all of the above but dropout")
 
     @property
     def used(self) -> bool:
@@ -136,7 +137,7 @@ class Train:
     epochs: int = option(1, "passes over the training rows", low=1)
     max_steps: int | None = option(None, "stop after this many optimizer steps", low=1)
     global_batch: int = option(32, "sequences in an optimizer step, over all ranks", low=1)
-    micro_batch: int = option(4, "sequences in one forward on one rank; accumulation follows from it", low=1)
+    micro_batch: int = option(4, "sequences in one forward on one rank, at most; ranks share a step by its cost and accumulate what they take", low=1)
     precision: str = option("fp32", "type of the arithmetic; bf16 and fp16 by autocast", ("fp32", "bf16", "fp16"))
     loss_scale: float = option(65536.0, "fp16: first loss scale; it halves on overflow", low=1)
     loss_scale_growth: int = option(2000, "fp16: steps without overflow after which the scale doubles", low=1)
@@ -169,7 +170,7 @@ class Checkpoint:
 
 @dataclass
 class Resume:
-    allow: list[str] = option([], "differences from the checkpoint's run that are meant, by the names that a refusal tells: optim.lr, data, weights, …")
+    allow: list[str] = option([], "differences from the checkpoint's run that are meant, by the names in the refusal: optim.lr, data, weights, …")
 
 
 @dataclass
@@ -215,6 +216,8 @@ def options() -> dict[str, Any]:
 HARDWARE = ("run.", "log.", "evaluate.", "checkpoint.", "resume.", "export.", "data.cache", "data.workers", "data.train", "data.validation", "model.path",
             "lora.start", "optim.shard", "train.device", "train.micro_batch", "train.activation_checkpointing", "train.attention", "train.timeout_s")
 CONTENT = ("data", "tokenizer", "weights", "adapter")  # by their digests: what the paths hold
+# For commands that train a few steps again: what takes time and does not touch the weights is left out.
+WITHOUT_EXTRAS = ("data.validation=null", "evaluate.exact_match_rows=0", "export.kinds=[]", "log.tensorboard=false")
 # Options that decide which tensors a checkpoint holds, of what shape, type or meaning: made with another value none fits.
 FIXED = ("model.add_tokens", "lora.rank", "lora.targets", "lora.rank_pattern", "lora.dora", "lora.init", "lora.modules_to_save", "optim.name")
 
@@ -263,10 +266,23 @@ def load(argv: list[str]) -> Recipe:
     if not problems:
         recipe = OmegaConf.to_object(merged)
         recipe.run.name = recipe.run.name or Path(paths[0]).stem
+        _expand(recipe)
         problems = [f"{where.get(key, paths[0])}: {key} {text}" for key, text in _contradictions(recipe)]
     if problems:
         raise EngineError("CONFIG-RECIPE", ("\n" + "ERROR E-CONFIG-RECIPE ").join(problems))
     return recipe
+
+
+def _expand(recipe: Recipe) -> None:
+    """~ at the start of every path, once: whoever takes one from here takes the same."""
+    for section, key in ((recipe.run, "folder"), (recipe.model, "path"), (recipe.lora, "start"), (recipe.data, "cache")):
+        setattr(section, key, (path := getattr(section, key)) and os.path.expanduser(path))
+    for of in ("train", "validation"):
+        value = getattr(recipe.data, of)
+        if isinstance(value, list):
+            setattr(recipe.data, of, [{**entry, "path": os.path.expanduser(entry["path"])} for entry in value])
+        elif value:
+            setattr(recipe.data, of, os.path.expanduser(value))
 
 
 def dump(recipe: Recipe) -> str:
@@ -442,7 +458,7 @@ def _trained_whole(lora: Lora) -> list[str]:
     try:
         return json.loads((Path(lora.start) / "adapter_config.json").read_text(encoding="utf-8")).get("modules_to_save") or []
     except (OSError, ValueError, AttributeError):
-        return []  # told where the adapter is read
+        return []  # reported where the adapter is read
 
 
 def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -180,7 +180,7 @@ def losses_told() -> Iterator[None]:
                                "data.max_length, or set train.activation_checkpointing", ENVIRONMENT)
         elif isinstance(error, RuntimeError) and any(words in text for words in OF_GPU) and not any(words in text for words in OF_KERNEL):
             told = EngineError("ENVIRONMENT-GPU", f"the GPU of rank {rank} failed in {watchdog.now.place}: {text}; look on that machine for Xid in dmesg and "
-                               "for ECC in nvidia-smi -q, then start again, which goes on from the last checkpoint", ENVIRONMENT)
+                               "for ECC in nvidia-smi -q, then start again, which resumes from the last checkpoint", ENVIRONMENT)
         if own:
             own.leave(str(told).splitlines()[0] if isinstance(told, EngineError) else f"{type(error).__name__}: {text}", cause=True)
         if told is error:
@@ -321,7 +321,7 @@ def check_replicas(tensors: dict[str, Tensor], world: World) -> None:
         ranks = ", ".join(map(str, differs[:, number].nonzero()[:, 0].tolist()))
         raise EngineError("PEER-REPLICA", f"{list(tensors)[number]} differs from rank 0's on rank {ranks} (and {int(differs.any(0).sum()) - 1} more "
                           "parameters differ); expected the same bits everywhere. Nothing was saved: look at these ranks' hardware, then start "
-                          "again, which goes on from the last checkpoint", PEER)
+                          "again, which resumes from the last checkpoint", PEER)
 
 
 def fork_ranks(size: int, main: Callable[[list[str]], int | None], log: Path, threads: int) -> list[int]:

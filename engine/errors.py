@@ -91,6 +91,11 @@ def run(main: Callable[[list[str]], int | None], needs_reader: bool = True) -> N
     _leave(code)
 
 
+def warn(text: str) -> None:
+    """A line on standard error about what may be meant as it is, and does not end the run."""
+    print(f"WARNING {text}", file=sys.stderr, flush=True)
+
+
 finishing: list[Callable[[BaseException], None]] = []  # what is under way in other threads and has to come to its end, whatever ends the run
 
 
@@ -157,8 +162,19 @@ def recorded(path: Path, rank: int) -> Iterator[None]:
         _recording.pop()
 
 
+def last(folder: Path) -> EngineError | None:
+    """What ended the run in `folder`, by its last_error.json; None where there is none that can be read. Of a bug the text is a traceback."""
+    try:
+        found = json.loads((folder / "last_error.json").read_text(encoding="utf-8"))
+        message, code = found["message"].strip(), int(found["exit_code"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+    name, _, text = message.removeprefix("ERROR E-").partition(" ") if message.startswith("ERROR E-") else ("BUG", "", message)
+    return EngineError(name, text, code)
+
+
 def _note(path: Path, code: int, message: str) -> None:
-    """All of it or nothing, and the first rank's alone: the disk may be what failed, and that must still be told."""
+    """All of it or nothing, and the first rank's alone: the disk may be what failed, and that must still be reported."""
     with suppress(OSError):
         if path.parent.is_dir() and not path.exists():
             try:

@@ -1,11 +1,12 @@
 """TensorBoard's event files. They show what metrics.jsonl says, so a disk that refuses them costs a warning and never the run."""
 
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from engine.errors import warn
 
 
 class Events:
@@ -57,8 +58,7 @@ class Events:
         except OSError as error:
             told, self.told, self.writer = self.told, True, None  # for good: its thread has ended
             if not told:
-                print(f"WARNING: {self.folder}: TensorBoard's files cannot be written ({error}); training goes on, metrics.jsonl has every number",
-                      file=sys.stderr, flush=True)
+                warn(f"{self.folder}: TensorBoard's files cannot be written ({error}); training continues, metrics.jsonl has every number")
 
     def _not_of_tensorboard(self, what: threading.ExceptHookArgs) -> None:
         """Its thread's failure comes back at our next call, and is told there."""

@@ -108,8 +108,8 @@ class Repository:
             raise EngineError("ENVIRONMENT-HUB", f"{self.asked}: is no folder here, the cache in {constants.HF_HUB_CACHE} has no whole copy, and {offline}; "
                               "start once with a connection, or name a folder", ENVIRONMENT) from error
         if (unlisted := self.listing(folder.name) is None) or not constants.HF_HUB_OFFLINE:
-            doubt = ", filled by another tool, so whether files are missing cannot be told" if unlisted else ""
-            self.say(f"WARNING: {self.asked}: {offline}; going on with commit {folder.name} from the cache{doubt}")
+            doubt = ", filled by another tool, so whether files are missing is not known" if unlisted else ""
+            self.say(f"WARNING {self.asked}: {offline}; using commit {folder.name} from the cache{doubt}")
         return folder
 
     # ---- The cache ---------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ TRAIN = "engine.train"
 
 def main(argv: list[str]) -> int:
     if TRAIN in argv:
-        config.load(argv[argv.index(TRAIN) + 1 :])  # a mistake in the recipe is told once, and before torch takes its seconds
+        config.load(argv[argv.index(TRAIN) + 1 :])  # a mistake in the recipe is reported once, and before torch takes its seconds
     if "LOGLEVEL" not in os.environ:  # torchrun's own variable: whoever sets it wants to read what torchrun does
         logging.disable(logging.CRITICAL)
     # Told to stop, ranks finish their step and save. A large checkpoint takes longer than torchrun's 30 seconds.

@@ -9,7 +9,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from engine import watchdog
 from engine.config import Recipe, flat
 from engine.data.dataset import Dataset
 from engine.data.plan import Step
+from engine.errors import warn
 from engine.events import Events
 from engine.record import Record
 
@@ -173,9 +173,22 @@ def memory(device: torch.device) -> dict[str, float]:
     if device.type == "cuda":
         found["memory/peak_gpu_mb"] = torch.cuda.max_memory_allocated(device) / 2**20
         found["memory/gpu_mb"] = torch.cuda.memory_allocated(device) / 2**20
-        with suppress(ModuleNotFoundError, RuntimeError):  # NVML is not installed
-            found["memory/gpu_utilisation_percent"] = float(torch.cuda.utilization(device))
+        if (share := utilisation(device)[0]) is not None:
+            found["memory/gpu_utilisation_percent"] = share
     return found
+
+
+def utilisation(device: torch.device) -> tuple[float | None, str]:
+    """Percent of the last second or less in which the device had work, as NVML has it, and where the number is from; None, and why, where
+    there is none: no nvidia-ml-py, no permission, a part of a GPU (MIG)."""
+    if device.type != "cuda":
+        return None, "not measured on a CPU"
+    try:
+        return float(torch.cuda.utilization(device)), "by NVML"
+    except ModuleNotFoundError:
+        return None, "not measured: nvidia-ml-py is not installed; pip install -c constraints.txt -e '.[gpu]'"
+    except Exception as error:  # NVML's own classes of error cannot be named without its package, and a figure is no reason to stop
+        return None, f"not measured: NVML says {str(error) or type(error).__name__}"
 
 
 class Log:
@@ -214,7 +227,7 @@ class Log:
             return
         self.bar.update(1)
         if not scalars["train/targets"]:
-            print(f"WARNING step {step} has no target left, as data.skip names all its rows; nothing was updated", file=sys.stderr, flush=True)
+            warn(f"step {step} has no target left, as data.skip names all its rows; nothing was updated")
         if step % self.every_steps == 0 or step == self.num_steps or "validation/loss" in scalars:
             self.say(self._line(step, scalars))
 

@@ -55,11 +55,11 @@ class Record:
 
     def _unwritable(self, error: OSError) -> EngineError:
         return EngineError("ENVIRONMENT-RECORD", f"{self.path}: cannot be written: {error.strerror}; the checkpoints are untouched, "
-                           "the same command goes on from the newest", ENVIRONMENT)
+                           "the same command resumes from the newest", ENVIRONMENT)
 
 
 def _keep_steps(path: Path, last: int) -> None:
-    """Drops the lines that a run wrote after the checkpoint it now goes on from, and whatever is no line: one cut in the middle, zeros."""
+    """Drops the lines that a run wrote after the checkpoint it now resumes from, and whatever is no line: one cut in the middle, zeros."""
     if not path.exists():
         return
     kept = []

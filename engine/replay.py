@@ -1,4 +1,4 @@
-"""Makes a black box again: trains from its checkpoint to its step, in a scratch folder, and compares every number to the bit.
+"""Reproduces a black box: trains from its checkpoint to its step, in a scratch folder, and compares every number to the bit.
 
     python -m engine.replay runs/NAME/blackbox/step-000000010
 
@@ -13,14 +13,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from engine import config
 from engine.arguments import Parser
-from engine.errors import BUG, CHECKPOINT, DONE, NUMERIC, USER, EngineError, run
+from engine.errors import BUG, CHECKPOINT, DONE, NUMERIC, USER, EngineError, last, run
 
 EXAMPLE = "python -m engine.replay runs/quickstart/blackbox/step-000000010"
-# Of what does not touch the weights: nothing, or what costs no time.
-QUIET = ("data.validation=null", "evaluate.exact_match_rows=0", "export.kinds=[]", "log.tensorboard=false", "checkpoint.every_steps=0",
-         "checkpoint.each_epoch=false")
-PARTS = ("data", "tokenizer", "weights", "adapter")  # of run.json: what the recipe's paths held
+OPTIONS = (*config.WITHOUT_EXTRAS, "checkpoint.every_steps=0", "checkpoint.each_epoch=false")
 TOLD = 10  # tokens in the table
 
 
@@ -30,16 +28,12 @@ def main(argv: list[str]) -> int:
                     "changed. Leaves nothing behind.")
     parser.add_argument("box", type=Path, metavar="BLACKBOX", help="a folder runs/NAME/blackbox/step-…")
     box = parser.parse_args(argv).box
-    try:
-        recorded = json.loads((box / "blackbox.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise EngineError("REPLAY-BOX", f"{box}: cannot be read as a black box: {error}; {parser.epilog}", USER) from error
+    recorded, before, plan, tokens = opened(box)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the folder is removed then, too
-    print(f"step {recorded['step']}: {recorded['kind']}; again from {'step ' + str(recorded['checkpoint']) if recorded['checkpoint'] else 'the start'} "
-          f"on {recorded['world_size']} rank{'s' * (recorded['world_size'] > 1)}", flush=True)
+    print(plan, flush=True)
     with tempfile.TemporaryDirectory(prefix=".replay-", dir=box.parent) as folder:
-        again = train(box, recorded, Path(folder).resolve())
-    print(table(recorded))
+        again = train(box, recorded, before, Path(folder).resolve())
+    print(tokens)
     if differs := differences(recorded, again):
         more = f" (and {len(differs) - 5} more)" if len(differs) > 5 else ""
         raise EngineError("REPLAY-DIFFERS", f"{box}: not reproduced: {'; '.join(differs[:5])}{more}: another machine, number of threads or torch rounds "
@@ -48,14 +42,35 @@ def main(argv: list[str]) -> int:
     return DONE
 
 
-def train(box: Path, recorded: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The black box made again, by engine.train in `folder`."""
+def opened(box: Path) -> tuple[dict[str, Any], dict[str, Any], str, str]:
+    """blackbox.json and run.json of a black box, and in words what will be done and which tokens were worst.
+
+    Raises:
+        EngineError: it is no black box, or not whole.
+    """
+    try:
+        recorded, before = (json.loads((box / name).read_text(encoding="utf-8")) for name in ("blackbox.json", "run.json"))
+        checkpoint, size, threads = recorded["checkpoint"], recorded["world_size"], recorded["threads"]
+        plan = (f"step {recorded['step']:d}: {recorded['kind']}; again from {'the start' if checkpoint is None else f'step {checkpoint:d}'} "
+                f"on {size:d} rank{'s' * (size > 1)} of {threads:d} thread{'s' * (threads > 1)}")
+        if recorded["format"] != 1 or min(recorded["step"], size, threads) < 1 or not {"began"} <= recorded.keys() or not isinstance(before, dict):
+            raise ValueError("expected what engine.blackbox writes")
+        for name in ("recipe.yaml", *([] if checkpoint is None else [f"checkpoint/step-{checkpoint:09d}"])):
+            (box / name).stat()
+        return recorded, before, plan, table(recorded)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        what = f"without {error}" if isinstance(error, KeyError) else error
+        raise EngineError("REPLAY-BOX", f"{box}: cannot be read as a black box: {what}; give one as it was left; example: {EXAMPLE}", USER) from error
+
+
+def train(box: Path, recorded: dict[str, Any], before: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The black box reproduced, by engine.train in `folder`."""
     import torch
 
     from engine import blackbox, distributed
     from engine import train as training
 
-    run_again, before = folder / "run", json.loads((box / "run.json").read_text(encoding="utf-8"))
+    run_again = folder / "run"
     run_again.mkdir()
     shutil.copy2(box / "run.json", run_again)  # the base's commit, and what the run was computed with
     if recorded["checkpoint"]:
@@ -64,32 +79,24 @@ def train(box: Path, recorded: dict[str, Any], folder: Path) -> dict[str, Any]:
         shutil.copytree(box / "checkpoint", run_again / "checkpoints", copy_function=blackbox.link)
     blackbox.Recorder.wanted = recorded["step"]
     torch.set_num_threads(1)  # here, where a pool of threads would not outlive a fork
-    arguments = [str(box / "recipe.yaml"), *QUIET, f"run.folder={json.dumps(str(folder))}", "run.name=run"]
+    arguments = [str(box / "recipe.yaml"), *OPTIONS, f"run.folder={json.dumps(str(folder))}", "run.name=run"]
     codes = distributed.fork_ranks(recorded["world_size"], lambda _: training.main(arguments), folder / "log", recorded["threads"])
     sys.stderr.writelines(line + "\n" for line in (folder / "log").read_text(encoding="utf-8", errors="replace").splitlines() if line.startswith("WARNING"))
     now = json.loads((run_again / "run.json").read_text(encoding="utf-8"))
-    if changed := [f"{name}: {before.get(name)} → {now.get(name)}" for name in PARTS if before.get(name) != now.get(name)]:
-        raise EngineError("REPLAY-CHANGED", f"{box}: cannot be made again: {'; '.join(changed)}; put back what the run had", CHECKPOINT)
+    if changed := [f"{name}: {before.get(name)} → {now.get(name)}" for name in config.CONTENT if before.get(name) != now.get(name)]:
+        raise EngineError("REPLAY-CHANGED", f"{box}: cannot be reproduced: {'; '.join(changed)}; put back what the run had", CHECKPOINT)
     made = run_again / "blackbox" / f"step-{recorded['step']:09d}" / "blackbox.json"
     if not made.exists():
-        error = _last_error(run_again)
-        if error is None or error["exit_code"] == NUMERIC:
+        error = last(run_again)
+        if error is None or error.exit_code == NUMERIC:
             raise EngineError("REPLAY-DIFFERS", f"{box}: not reproduced: the run came to its end without step {recorded['step']}, with exit codes {codes}: "
-                              f"{error and error['message'].strip()}", BUG)
-        name, _, text = error["message"].strip().removeprefix("ERROR E-").partition(" ")
-        raise EngineError(name, text, error["exit_code"])
+                              f"{error}", BUG)
+        raise error
     again = json.loads(made.read_text(encoding="utf-8"))
     if recorded["checkpoint"] is None and (changed := differences(recorded["began"], again["began"])):
-        raise EngineError("REPLAY-CHANGED", f"{box}: cannot be made again: at the start the weights' bits add up to {changed[0]}; put back what the run had",
+        raise EngineError("REPLAY-CHANGED", f"{box}: cannot be reproduced: at the start the weights' bits add up to {changed[0]}; put back what the run had",
                           CHECKPOINT)
     return again
-
-
-def _last_error(folder: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads((folder / "last_error.json").read_text(encoding="utf-8"))
-    except OSError:
-        return None
 
 
 def differences(one: Any, other: Any, name: str = "") -> list[str]:

@@ -1,4 +1,4 @@
-"""What a run tells its user: the plan as an equation before the first step, and at the end what came of it."""
+"""What a run reports to its user: the plan as an equation before the first step, and at the end what came of it."""
 
 import sys
 from pathlib import Path
@@ -30,11 +30,9 @@ def _trained(cfg: Lora) -> str:
 
 def equation(run: Path, cfg: Recipe, base: Base, plan: Plan, rows: Dataset, num_steps: int, start: int, ranks: int, known: dict[str, Any]) -> str:
     """The run's plan as a few aligned lines."""
-    accumulation = -(-cfg.train.global_batch // (cfg.train.micro_batch * ranks))
     kind = _trained(cfg.lora)
     last = plan.sequences_per_epoch % cfg.train.global_batch
     targets = int(rows.targets.sum())
-    exact = "=" if accumulation * cfg.train.micro_batch * ranks == cfg.train.global_batch else "≥"
     lines = {
         "run": f"{run}" + (f", resumed after step {start}" if start else ""),
         "model": f"{base}, {known['parameters']:,} parameters, {known['trained']:,} trained "
@@ -42,14 +40,22 @@ def equation(run: Path, cfg: Recipe, base: Base, plan: Plan, rows: Dataset, num_
         "precision": known["precision"],
         "attention": known["attention"],
         "optimizer": known["optimizer"],
+        **({"GPU": f"utilisation {known['utilisation']}"} if known["device"] == "cuda" else {}),
         "rows": rows.summary(),
         "epoch": f"{plan.sequences_per_epoch:,} sequences of up to {plan.max_length:,} tokens, {int(rows.lengths.sum()):,} tokens, {targets:,} supervised"
                  + (f", filled to {100 * plan.fill:.1f} %, {plan.padding:,} tokens of padding" if cfg.data.packing else ""),
-        "step": f"micro-batch {cfg.train.micro_batch} × accumulation {accumulation} × ranks {ranks} {exact} global batch {cfg.train.global_batch} sequences"
-                + (f"; {last} in the last step of an epoch" if last else ""),
+        "step": batch(cfg.train.global_batch, cfg.train.micro_batch, ranks) + (f"; {last} in the last step of an epoch" if last else ""),
         "steps": f"{num_steps:,} ({plan.steps_per_epoch:,} an epoch)",
     }
     return "\n".join(f"{name:>10}  {text}" for name, text in lines.items())
+
+
+def batch(sequences: int, micro_batch: int, ranks: int) -> str:
+    """A step's sequences, as ranks take them: `plan.share` weighs their cost, so one rank may take more of them than another."""
+    accumulation = -(-sequences // (micro_batch * ranks))
+    shares = f"{sequences / ranks:g} on average, shared by cost" if ranks > 1 else f"{sequences}"
+    return (f"global batch {sequences} sequences = ranks {ranks} × {shares}, in micro-batches of at most {micro_batch}: "
+            f"accumulation {'about ' * (ranks > 1)}{accumulation}")
 
 
 def samples(judged: Report | None) -> str:

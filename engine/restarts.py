@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from engine import checkpoint
-from engine.errors import CHECKPOINT, PEER, PREEMPTED, SECURITY, USER, EngineError, restarts_in_launch
+from engine.errors import CHECKPOINT, PEER, PREEMPTED, SECURITY, USER, EngineError, last, restarts_in_launch
 
 FATAL = (USER, CHECKPOINT, SECURITY)  # whatever starts again finds the same recipe, rows and checkpoints
 IN_VAIN = 3  # restarts in a row from one checkpoint
@@ -26,8 +26,8 @@ def check(run: Path, rank: int) -> None:
         return
     if (run / "stopped").exists():  # each rank looks, for they may not meet any more: another node's launcher may have ended
         raise SystemExit(PREEMPTED)
-    last, before = _read(run / "last_error.json"), _read(note)
-    code, told = last.get("exit_code", PEER), last.get("message", "no rank had time to say why").strip().splitlines()[-1]
+    error, before = last(run), _read(note)
+    code, told = (error.exit_code, str(error).splitlines()[-1]) if error else (PEER, "no rank had time to say why")
     if code in FATAL:
         raise EngineError("RESTART-FATAL", f"{run}: started again, which cannot help: {told}", code)
     if rank != 0:
@@ -36,7 +36,7 @@ def check(run: Path, rank: int) -> None:
     if count > IN_VAIN:
         raise EngineError("RESTART-LOOP", f"{run}: gave up, {IN_VAIN} restarts from step {newest} brought no newer checkpoint; the last ended with: {told}",
                           code)
-    with suppress(OSError):  # a disk that is full is told elsewhere
+    with suppress(OSError):  # a full disk is reported elsewhere
         note.write_text(json.dumps({"from_step": newest, "restarts": count}) + "\n", encoding="utf-8")
 
 

@@ -19,7 +19,7 @@ import torch
 
 from engine import config, restarts
 from engine.config import Recipe
-from engine.errors import ENVIRONMENT, USER, EngineError
+from engine.errors import ENVIRONMENT, USER, EngineError, warn
 from engine.publish import fsync, lock_now, published
 from engine.record import plain
 from engine.terminal import shown
@@ -32,10 +32,10 @@ PACKAGES = ("torch", "numpy", "sentencepiece", "safetensors", "omegaconf", "tens
 def choose(cfg: Recipe) -> Path:
     """`folder/name`, unless a finished run lies there: then the first of `name-2`, `name-3` … without one.
 
-    An unfinished run is gone on with, a finished one is kept as it is. All ranks look before any of them writes.
+    An unfinished run is resumed, a finished one is kept as it is. All ranks look before any of them writes.
     """
-    folder = Path(cfg.run.folder).expanduser()
-    number, path = 1, folder / cfg.run.name
+    folder, number = Path(cfg.run.folder), 1
+    path = folder / cfg.run.name
     try:
         while (path / "finished.json").exists():
             number += 1
@@ -77,17 +77,16 @@ def locked(path: Path, rank: int) -> Iterator[None]:
 def describe(path: Path, cfg: Recipe, facts: dict[str, Any], start: int = 0) -> None:
     """Writes recipe.yaml, and run.json: versions, hardware, commit, command, and `facts` such as digests.
 
-    One warning tells what decides the last bit of a sum and differs from the launch that is gone on with at step `start`.
+    One warning names what decides the last bit of a sum and differs from the launch that is resumed at step `start`.
     """
     (path / "recipe.yaml").write_text(config.dump(cfg), encoding="utf-8")
     for package, tested in TESTED.items():
-        if (found := _version(package)) and not found.startswith(f"{tested}."):
-            print(f"WARNING {package} {found} is not what the tests run with, {tested}; constraints.txt has the versions", file=sys.stderr)
+        if (found := installed(package)) and not found.startswith(f"{tested}."):
+            warn(f"{package} {found} is not what the tests run with, {tested}; constraints.txt has the versions")
     record = {"command": list(map(shown, [Path(sys.argv[0]).name, *sys.argv[1:]])), "commit": commit(), "engine": sources(),
-              "python": platform.python_version(), "versions": {name: _version(name) for name in PACKAGES}, "machine": hardware(), **facts}
+              "python": platform.python_version(), "versions": {name: installed(name) for name in PACKAGES}, "machine": hardware(), **facts}
     if start and (changed := _other_bits(path / "run.json", record)):
-        print(f"WARNING {path}: going on with {'; '.join(changed)} (before → now): results may no longer be those of one run to the bit",
-              file=sys.stderr, flush=True)
+        warn(f"{path}: resumed with {'; '.join(changed)} (before → now): results may no longer be those of one run to the bit")
     (path / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
@@ -101,7 +100,7 @@ def sources() -> str:
 
 def program() -> dict[str, Any]:
     """What computes: it must be the same on every rank of a run."""
-    return {"engine": sources(), "python": platform.python_version(), **{name: _version(name) for name in PACKAGES},
+    return {"engine": sources(), "python": platform.python_version(), **{name: installed(name) for name in PACKAGES},
             "threads": torch.get_num_threads()}
 
 
@@ -116,7 +115,7 @@ def _other_bits(path: Path, record: dict[str, Any]) -> list[str]:
 
 
 def commit_of_base(path: Path, name: str) -> str | None:
-    """The hub's commit that an unfinished run began with: going on with it, a newer one is not for us."""
+    """The hub's commit that an unfinished run began with: a resume takes no newer one."""
     try:
         base = json.loads((path / "run.json").read_text(encoding="utf-8"))["base"]
     except (OSError, ValueError, LookupError):
@@ -161,7 +160,8 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def _version(name: str) -> str | None:
+def installed(name: str) -> str | None:
+    """The version of a package, None where it is not there."""
     try:
         return version(name)
     except PackageNotFoundError:

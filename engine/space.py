@@ -1,4 +1,4 @@
-"""Room on the disk: asked for before the first step, told when it has run out."""
+"""Room on the disk: asked for before the first step, reported when it has run out."""
 
 import os
 from collections.abc import Iterable

@@ -1,9 +1,9 @@
-"""A rank that is much slower than the others, told once: each waits for the slowest in every step, and nobody would know for whom."""
+"""A rank that is much slower than the others, reported once: each waits for the slowest in every step, and nobody would know for whom."""
 
-import sys
 from statistics import median
 
 from engine.distributed import World
+from engine.errors import warn
 from engine.metrics import Stopwatch
 
 STEPS = 20  # over which times are added up
@@ -45,5 +45,5 @@ class Stragglers:
         self.told = True
         if self.world.is_first:
             each = ", ".join(f"rank {rank}: {1000 * seconds / STEPS:.0f}" for rank, seconds in enumerate(self.seconds))
-            print(f"WARNING rank {slowest} is slow, and the others wait for it in every step; own milliseconds a step, of data and forward, over "
-                  f"{STEPS} steps: {each}; look at what else runs on its machine", file=sys.stderr, flush=True)
+            warn(f"rank {slowest} is slow, and the others wait for it in every step; own milliseconds a step, of data and forward, over "
+                 f"{STEPS} steps: {each}; look at what else runs on its machine")

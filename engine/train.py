@@ -17,7 +17,7 @@ from engine.signals import StopRequest
 
 
 def main(argv: list[str]) -> int:
-    # ---- Recipe: every mistake in it is told here, before torch takes its seconds to import -------------------------
+    # ---- Recipe: every mistake in it is reported here, before torch takes its seconds to import ---------------------
     cfg, stop = config.load(argv), StopRequest()
 
     from engine import adapter, blackbox, checkpoint, distributed, export, hub, metrics, optim, precision, report, restarts, rundir
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     from engine.saver import Saver
     from engine.stragglers import Stragglers
 
-    # ---- Run directory: a finished one is left alone, an unfinished one goes on from its newest whole checkpoint ----
+    # ---- Run directory: a finished one is left alone, an unfinished one resumes from its newest whole checkpoint --
     run, rank = rundir.choose(cfg), errors.rank_in_launch()
     with (stop, rundir.locked(run, rank), Saver(run / "checkpoints", cfg.checkpoint, rank == 0) as saver,
           errors.recorded(run / "last_error.json", rank), distributed.losses_told()):
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> int:
         # ---- What will happen, in words and as an equation ----------------------------------------------------------
         flops, (peak, peak_source) = metrics.Flops(model), metrics.peak_flops(device)
         facts = report.facts(model, world, {"attention": f"{attention}: {why_attention}", "precision": types.reason, "optimizer": why_optimizer,
-                                            "peak": peak_source})
+                                            "peak": peak_source, "utilisation": metrics.utilisation(device)[1]})
         log = metrics.Log(run, start, num_steps, cfg.log.every_steps, cfg.log.tensorboard, world.is_first, again=bool(owed))
         if world.is_first:
             checkpoint.prepare(run / "checkpoints", start, model, kept, cfg, num_steps, plan.steps_per_epoch)
@@ -168,7 +168,7 @@ def main(argv: list[str]) -> int:
             log.step(done, scalars)
             saver.write(leaving, log.settle, partial(ledger.write, run, rows, held_out, plan, done, counted))  # in the background
             if asked:
-                log.say(f"stopped as asked after step {done}, saved; the same command goes on from there")
+                log.say(f"stopped as asked after step {done}, saved; the same command resumes from there")
                 log.close()
                 distributed.close(world)
                 return restarts.stopped(run)

@@ -24,7 +24,7 @@ import numpy as np
 
 from engine import config
 from engine.arguments import Parser
-from engine.errors import BUG, DONE, ENVIRONMENT, EngineError, recorded, run
+from engine.errors import BUG, DONE, ENVIRONMENT, EngineError, last, recorded, run
 
 EXAMPLE = "python -m engine.verify recipes/quickstart.yaml train.device=cpu"
 SEQUENCES, STEPS = 8, 2  # of a step; of a split
@@ -36,8 +36,7 @@ SPLITS = ((1, 1), (1, 3), (2, 1), (2, 3), (4, 1))  # ranks × micro-batch; three
 ROUNDINGS, LEAST_LOSS, LEAST, LEAST_BF16 = 10, 1e-5, 2e-4, 3e-2
 ATTENTION = 2.0  # times the reference's own error in the same type
 
-SLICE = ("data.validation=null", "evaluate.exact_match_rows=0", "export.kinds=[]", "log.tensorboard=false", "checkpoint.every_steps=1",
-         "checkpoint.keep=3", "train.epochs=3")
+SLICE = (*config.WITHOUT_EXTRAS, "checkpoint.every_steps=1", "checkpoint.keep=3", "train.epochs=3")
 # A checkpoint holds AdamW's first moment, with a beta of 0 the gradient itself. An eps of 1 makes the update about lr × gradient: it moves
 # LoRA's B, without which A has no gradient in the second step, and does not blow up what rounding left of gradients that are zero.
 SPLIT = ("train.precision=fp32", f"train.max_steps={STEPS}", "optim.betas=[0,0.999]", "optim.eps=1", "optim.lr=0.01", "optim.clip_norm=0",
@@ -124,7 +123,7 @@ def prove(runs: "Runs", cfg: config.Recipe, table: Table) -> None:
         if size > facts["ranks"]:
             return Result(f"not possible: {facts['room']}", holds=None)
         run = runs.folder / "split"
-        shutil.rmtree(run, ignore_errors=True)  # one that failed would be gone on with
+        shutil.rmtree(run, ignore_errors=True)  # one that failed would be resumed
         problem = runs.train(size, "split", *SPLIT, *in_fp32, f"train.micro_batch={micro_batch}")
         apart_on[size] = apart_on.get(size) or (problem if problem and "E-PEER-REPLICA" in problem else None)
         if problem:
@@ -143,7 +142,7 @@ def prove(runs: "Runs", cfg: config.Recipe, table: Table) -> None:
         return Result(problem) if problem else Result(f"{len(facts['names'])} tensors alike on {' and '.join(map(str, sizes))} ranks", "every bit", True)
 
     def resume(size: int) -> Result:
-        """Three steps at once; then all that came after the first is taken away, as if a kill had come there, and the run goes on."""
+        """Three steps at once; then all that came after the first is taken away, as if a kill had come there, and the run is resumed."""
         run, checkpoints = runs.folder / "resume", runs.folder / "resume/checkpoints"
         if problem := runs.train(size, "resume", "train.max_steps=3"):
             return Result(problem)
@@ -154,7 +153,7 @@ def prove(runs: "Runs", cfg: config.Recipe, table: Table) -> None:
         if problem := runs.train(size, "resume", "train.max_steps=3"):
             return Result(problem)
         if (checkpoints / "step-000000001").stat().st_ino != first:
-            return Result("began anew in place of going on from the checkpoint")
+            return Result("started from scratch in place of resuming from the checkpoint")
         differ, total = 0, 0
         for name in ("model.safetensors", "optimizer.safetensors"):
             one, other = (np.fromfile(folder / name, np.uint8) for folder in (runs.folder / "whole", checkpoints / "step-000000003"))
@@ -210,18 +209,15 @@ class Runs:
         codes = fork_ranks(size, what, log, max(1, self.threads // size))
         if not any(codes):
             return None
-        try:
-            record = json.loads((folder / "last_error.json").read_text(encoding="utf-8"))
-        except OSError as error:
+        error = last(folder)
+        if error is None:
             print(log.read_text(encoding="utf-8", errors="replace"), file=sys.stderr)
             raise EngineError("VERIFY-RANKS", f"ranks left with exit codes {codes} and without a word; if nobody ended them, memory ran out: "
-                              "lower train.micro_batch or data.max_length", ENVIRONMENT) from error
-        message, code = record["message"].strip(), record["exit_code"]
-        if code == BUG or "E-PEER-REPLICA" in message:
-            print(message, file=sys.stderr)
-            return message.splitlines()[-1]
-        name, _, text = message.removeprefix("ERROR E-").partition(" ")
-        raise EngineError(name, text, code)
+                              "lower train.micro_batch or data.max_length", ENVIRONMENT)
+        if error.exit_code == BUG or error.name == "PEER-REPLICA":
+            print(error, file=sys.stderr)
+            return str(error).splitlines()[-1]
+        raise error
 
 
 def ranks(size: int) -> str:

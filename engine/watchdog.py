@@ -219,7 +219,7 @@ class Watchdog:
                 errors.end(error, speaks=first)
             if now.inside and now.age > ALL_WAIT * self.timeout_s and self._all_wait() and not self.left:
                 error = EngineError("PEER-HUNG", f"all ranks have waited for {now.age:.0f} s in one exchange ({now.place}), so a network or a GPU has lost it: "
-                                    "look at both (dmesg, nvidia-smi), and start again, which goes on from the last checkpoint; or raise train.timeout_s", PEER)
+                                    "look at both (dmesg, nvidia-smi), and start again, which resumes from the last checkpoint; or raise train.timeout_s", PEER)
                 self.leave(error.text, True)
                 errors.end(error, speaks=True)
             # An exchange with one that has left does not end. Of a ring its neighbours alone are told by the connection.
@@ -259,7 +259,7 @@ class Watchdog:
                              (f", at {beat.stack}" if beat.stack else ""))
         more = f" (and {len(late) - 4} more)" if len(late) > 4 else ""
         return (f"{'; '.join(found)}{more}; rank {self.rank} waits in {now.place}, expected less than train.timeout_s={self.timeout_s:g}: look at that "
-                "rank's machine, or raise it, and start again, which goes on from the last checkpoint")
+                "rank's machine, or raise it, and start again, which resumes from the last checkpoint")
 
     def lost(self, why: str) -> EngineError:
         """What to say where an exchange failed for `why`: the ranks that have left and their words, or those that are no longer heard."""
@@ -279,7 +279,7 @@ class Watchdog:
             gone = f"rank {self.host} is gone without a word (killed? out of memory?), and the store that it held"
         else:
             gone = f"nobody knows which one is gone: {why}"
-        return EngineError("PEER-LOST", f"rank {self.rank} lost the others in {now.place}: {gone}; start again, which goes on from the last checkpoint", PEER)
+        return EngineError("PEER-LOST", f"rank {self.rank} lost the others in {now.place}: {gone}; start again, which resumes from the last checkpoint", PEER)
 
     def _words(self) -> str:
         """Of those that left for a reason of their own."""

@@ -32,6 +32,7 @@ from engine.config import Data
 from engine.data import dataset
 from engine.data.formats import Message, Row
 from engine.errors import EngineError
+from engine.metrics import MEASURED
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = "red blue green cat dog fish apple pear one two three runs sleeps eats 红 蓝 猫 狗 跑".split()
@@ -71,6 +72,23 @@ def loaded(folder: Path, step: int) -> checkpoint.Snapshot:
     """A checkpoint's tensors, all in memory."""
     with checkpoint.opened(folder, step) as saved:
         return checkpoint.Snapshot(dict(saved.model), dict(saved.optimizer), saved.state)
+
+
+def steps(run: Path) -> list[dict[str, float]]:
+    """metrics.jsonl, a dict for each step."""
+    return [json.loads(line, parse_constant=pytest.fail) for line in (run / "metrics.jsonl").read_text().splitlines()]  # JSON has no Infinity
+
+
+def repeatable(run: Path) -> list[dict[str, float]]:
+    """The same without what the clock and the machine decide."""
+    return [{key: value for key, value in step.items() if not key.startswith(MEASURED)} for step in steps(run)]
+
+
+def flip(path: Path) -> None:
+    """One bit near the end of a file, in its last tensor."""
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    path.write_bytes(data)
 
 
 def held(what: Callable[[], None], seconds: float, megabytes: float) -> None:

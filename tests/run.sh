@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs every test: ./tests/run.sh [pytest arguments], for instance `-k resume` or `-x`.
+# Runs the tests but for those marked `faults`: ./tests/run.sh [pytest arguments], for instance `-k resume` or `-x`.
 # ./tests/run.sh --faults [pytest arguments] runs those that take minutes: the long halves of the fault tests.
 # ./tests/run.sh --all [pytest arguments] runs both.
 # ./tests/run.sh --mutations [words] plants the bugs of tests/mutations.py one by one.

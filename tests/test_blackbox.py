@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ragged_rows, write_rows
+from conftest import ragged_rows, steps, write_rows
 from safetensors.torch import load_file, save_file
 from test_resume import FULL, LONG, LORA, result, stop_after
 
@@ -103,7 +103,7 @@ def test_the_row_that_breaks_a_step_is_named_among_its_neighbours_and_can_be_gon
     assert ended.wait() == [0, 0], ended.log.read_text()
     entry = json.loads((tmp_path / "runs/run/ledger.json").read_text())["train"]["files"][0]
     assert entry["skipped"] == {"0": 1} and entry["trained"] == {"2": 22}
-    lines = [json.loads(line) for line in (tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()]
+    lines = steps(tmp_path / "runs/run")
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1)) and len(lines) > step
 
 
@@ -169,7 +169,7 @@ def test_a_spike_is_told_written_down_and_trained_through(recipe, ranks, tiny, t
     started = ranks(2, recipe(*DULL, f"model.path={model}"))
     assert started.wait() == [0, 0], started.log.read_text()
     run, said = tmp_path / "runs/run", started.log.read_text()
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = steps(run)
     assert [line["step"] for line in lines if line["train/spike"]] == list(JUNK) and not any(line["train/skipped"] for line in lines)
     warnings = [line for line in said.splitlines() if line.startswith("WARNING step")]
     assert len(warnings) == len(JUNK)
@@ -266,6 +266,26 @@ def test_what_replay_cannot_make_again_is_named(recipe, ranks, trained, tmp_path
     assert code == CHECKPOINT and "the first row that differs is" in said and f"{tmp_path}/rows.jsonl:1" in said
 
 
+def test_a_folder_that_is_no_whole_black_box_is_refused_by_name(recipe, ranks, trained, tmp_path):
+    dull_rows(tmp_path)
+    trained(1, recipe(*DULL))
+    box = tmp_path / "runs/run/blackbox" / f"step-{JUNK[0]:09d}"
+    plain = {path: path.read_text() for path in (box / "blackbox.json", box / "run.json", box / "recipe.yaml")}
+    found = json.loads(plain[box / "blackbox.json"])
+    others = [{name: value for name, value in found.items() if name != left} for left in ("format", "step", "world_size", "threads", "ranks", "began", "kind")]
+    others += [[], {}, {**found, "format": 2}, {**found, "step": "26"}, {**found, "world_size": 0}, {**found, "checkpoint": "../.."}, {**found, "ranks": [[1]]}]
+    for path, text in [*((box / "blackbox.json", json.dumps(other)) for other in others), (box / "blackbox.json", "[" * 10**5), (box / "run.json", None),
+                       (box / "run.json", "[]"), (box / "recipe.yaml", None)]:
+        path.unlink() if text is None else path.write_text(text)
+        with pytest.raises(EngineError, match="cannot be read as a black box: .*; give one as it was left") as caught:
+            replay.main([str(box)])
+        assert (caught.value.name, caught.value.exit_code) == ("REPLAY-BOX", USER) and "\n" not in str(caught.value), caught.value
+        path.write_text(plain[path])
+    shutil.rmtree(box / "checkpoint")
+    with pytest.raises(EngineError, match="No such file.*checkpoint/step-0000000"):
+        replay.main([str(box)])
+
+
 def test_from_the_start_other_weights_are_refused(recipe, ranks, tiny, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(tiny, model)
@@ -340,7 +360,7 @@ STORM = ("train.precision=fp16", "train.loss_scale=16777216", "train.global_batc
 
 def test_a_storm_of_overflows_is_resumed_inside_to_the_bit(recipe, ranks, trained, tmp_path):
     trained(2, recipe(*STORM, name="whole"))
-    lines = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "runs/whole/metrics.jsonl").read_text().splitlines()]  # JSON has no Infinity
+    lines = steps(tmp_path / "runs/whole")
     skipped = [line["train/skipped"] for line in lines]
     assert [line["step"] for line in lines if line["train/grad_norm"] in ("inf", "nan")] == [line["step"] for line in lines if line["train/skipped"]] != []
     for path in (*(tmp_path / "runs/whole").glob("*.json"), *(tmp_path / "runs/whole/checkpoints").glob("*/*.json")):
@@ -360,7 +380,7 @@ def test_a_storm_without_end_is_stopped_once_the_scale_is_one(recipe, ranks, tin
     assert ranks(1, lambda: stop_after(4, arguments)).wait() == [PREEMPTED]
     started = ranks(1, arguments)
     assert started.wait() == [NUMERIC], started.log.read_text()
-    lines = [json.loads(line) for line in (tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()]
+    lines = steps(tmp_path / "runs/run")
     assert [line["train/loss_scale"] for line in lines] == [max(1.0, 1000 / 2**step) for step in range(10)] and all(line["train/skipped"] for line in lines)
     assert "not finite at step 11 at loss scale 1; nothing was updated" in started.log.read_text() and box_of(tmp_path / "runs/run", 11)["loss_scale"] == 1.0
     assert [line["train/lr"] for line in lines] == sorted((line["train/lr"] for line in lines), reverse=True), "the schedule goes on by steps"

@@ -72,6 +72,21 @@ def test_options_that_contradict_each_other_are_named(recipe, overrides, words):
     assert words in message(recipe(*overrides))
 
 
+def test_a_tilde_is_the_users_home_in_every_path(recipe, tmp_path, tiny, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, target in (("tiny", tiny), ("adapter", tmp_path / "made")):
+        (tmp_path / "made").mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(target)
+    (tmp_path / "made/adapter_config.json").write_text("{}")
+    cfg = config.load(recipe("run.folder=~/a", "data.cache=~/b", "model.path=~/tiny", "lora.start=~/adapter", "data.train=~/rows.jsonl",
+                             "data.validation=[{path: ~/*.jsonl}, {path: '~/rows.jsonl', name: two}]"))
+    paths = [cfg.run.folder, cfg.data.cache, cfg.model.path, cfg.lora.start, *(one.path for of in ("train", "validation") for one in cfg.data.sources(of))]
+    assert paths == [str(tmp_path / name) for name in ("a", "b", "tiny", "adapter", "rows.jsonl", "*.jsonl", "rows.jsonl")]
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    assert config.load(recipe("run.folder=~/a")).run.folder == "~/a", "nobody knows a home: it is a name as any other"
+
+
 def test_overrides_win_and_a_dumped_recipe_loads_to_the_same(recipe, tmp_path):
     loaded = config.load(recipe("optim.lr=1e-4", "lora.rank=4", "lora.targets=[k_proj, up_proj]", "train.max_steps=null"))
     assert loaded.optim.lr == 1e-4 and loaded.lora.targets == ["k_proj", "up_proj"] and loaded.train.max_steps is None

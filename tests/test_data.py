@@ -29,7 +29,7 @@ def bpe(tmp_path_factory) -> Path:
     model.train_from_iterator([" ".join(row.values()) for row in ragged_rows(100)], trainer)
     model.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     model.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<|im_end|>", "lstrip": False}}))
     return folder
 
 

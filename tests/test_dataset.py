@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, ragged_rows, write_rows
+from conftest import ROOT, ragged_rows, steps, write_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -253,7 +253,7 @@ def test_rows_that_change_under_a_run_change_nothing_in_it_and_are_refused_after
 def test_fewer_rows_than_a_global_batch_are_a_smaller_step(recipe, trained, tmp_path):
     write_rows(tmp_path / "rows.jsonl", ragged_rows(3))
     trained(2, recipe("train.epochs=2"))
-    lines = [json.loads(line) for line in (tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()]
+    lines = steps(tmp_path / "runs/run")
     assert [line["step"] for line in lines] == [1, 2]
     assert json.loads((tmp_path / "runs/run/ledger.json").read_text())["train"]["files"][0]["trained"] == {"2": 3}
 

@@ -111,7 +111,7 @@ def test_an_empty_environment_and_a_plain_locale(recipe, reference, tmp_path):
     done = subprocess.run([sys.executable, "-m", "engine.train", *recipe(*SHORT, name="bare"), "log.every_steps=1"], cwd=ROOT, capture_output=True,
                           env={"OMP_NUM_THREADS": "1", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"})
     assert done.returncode == DONE, done.stderr.decode()
-    assert b"\\xd7" in done.stdout and done.stdout.isascii() and rows.exists()  # of micro-batch × accumulation
+    assert b"\\xd7" in done.stdout and done.stdout.isascii() and rows.exists()  # of ranks × sequences
     assert result(tmp_path / "runs/bare") == reference
 
 
@@ -143,8 +143,8 @@ def other_code(tmp_path: Path) -> None:
 
 
 def other_torch(tmp_path: Path) -> None:
-    real = rundir._version
-    rundir._version = lambda name: "2.12.1" if name == "torch" else real(name)
+    real = rundir.installed
+    rundir.installed = lambda name: "2.12.1" if name == "torch" else real(name)
 
 
 def other_cpu(tmp_path: Path) -> None:
@@ -203,6 +203,6 @@ def test_versions_that_no_test_ran_with_are_told(tmp_path, monkeypatch, capsys):
 
     rundir.describe(tmp_path, Recipe(), {})
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(rundir, "_version", lambda name: "9.1.0" if name == "torch" else "2.4.0" if name == "omegaconf" else None)
+    monkeypatch.setattr(rundir, "installed", lambda name: "9.1.0" if name == "torch" else "2.4.0" if name == "omegaconf" else None)
     rundir.describe(tmp_path, Recipe(), {})
     assert capsys.readouterr().err == "WARNING torch 9.1.0 is not what the tests run with, 2.13; constraints.txt has the versions\n"

@@ -3,11 +3,10 @@
 import json
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import loaded, ragged_rows, write_rows
+from conftest import flip, loaded, ragged_rows, steps, write_rows
 from test_resume import LONG, LORA, result, stop_after
 
 from engine import checkpoint, config, optim, rundir, train
@@ -105,12 +104,6 @@ def refusal(arguments: list[str]) -> str:
     return caught.value.text
 
 
-def flip_a_bit(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-9] ^= 1
-    path.write_bytes(data)
-
-
 def test_base_tokenizer_and_template_are_refused_when_they_change(stopped, tmp_path, monkeypatch):
     before = (tmp_path / "rows.jsonl").read_text()
     text = refusal(stopped("data.template=plain"))
@@ -121,9 +114,9 @@ def test_base_tokenizer_and_template_are_refused_when_they_change(stopped, tmp_p
     text = refusal(stopped("data.template=plain"))  # every row has other tokens, so which line has changed cannot be told
     assert f"{rows} has changed: SHA-256 " in text and f"{rows}:1" not in text
     rows.write_text(before)
-    flip_a_bit(tmp_path / "model/model.safetensors")
+    flip(tmp_path / "model/model.safetensors")
     assert "): weights: " in refusal(stopped())
-    flip_a_bit(tmp_path / "model/model.safetensors")
+    flip(tmp_path / "model/model.safetensors")
     from sentencepiece import sentencepiece_model_pb2 as proto
 
     model = proto.ModelProto()
@@ -161,7 +154,7 @@ def test_rows_that_are_added_can_be_allowed_and_the_ledger_counts_from_there(sto
     said = started.log.read_text()
     assert said.count("as resume.allow says: data: ") == 1 and f"rows are new from {path}:24 on" in said
     account = json.loads((tmp_path / "runs/run/ledger.json").read_text())["train"]
-    lines = [json.loads(line) for line in (tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()]
+    lines = steps(tmp_path / "runs/run")
     assert account["tokens_trained"] == sum(line["train/tokens"] for line in lines[3:]) and account["files"][0]["rows"] == 24
 
 
@@ -254,5 +247,5 @@ def test_a_copied_checkpoint_goes_on_whatever_its_times(stopped, ranks, recipe, 
 def test_another_precision_that_is_allowed_begins_with_its_own_loss_scale(stopped, ranks, tmp_path):
     assert ranks(1, lambda: stop_after(5, stopped("train.precision=fp16", "train.loss_scale=64", "resume.allow=[train.precision, train.loss_scale]"))
                  ).wait() == [PREEMPTED]
-    lines = [json.loads(line) for line in (tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()]
+    lines = steps(tmp_path / "runs/run")
     assert [line["train/loss_scale"] for line in lines] == [1, 1, 1, 64, 64]

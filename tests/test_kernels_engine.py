@@ -351,7 +351,7 @@ def test_the_benchmark_runs(capsys, monkeypatch):
     monkeypatch.setattr(bench, "WIDTH", 256)
     command = ["attention", "--device", "cpu", "--mean", "30", "--head-dim", "64", "--group", "4", "--tokens", "70", "--rounds", "1"]
     bench.main([*command, "--rotary"])  # whose figures mean something: all sides computed the same
-    assert "turned by their positions" in capsys.readouterr().out
+    assert "rotary embeddings included" in capsys.readouterr().out
     bench.main(command)
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| 30 | 64 | 4/1 | ")]
     assert [row[3] for row in rows] == [name for name, _ in bench.KERNELS.values()]

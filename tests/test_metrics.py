@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import load_dataset, ragged_rows, write_rows
+from conftest import load_dataset, ragged_rows, steps, write_rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from engine import metrics
+from engine import metrics, report
 from engine.attention import PackedAttention
 from engine.data.tokenizer import load_tokenizer
 from engine.dropout import DropoutKeys
@@ -31,7 +31,7 @@ def watched_run(recipe, trained, tmp_path):
 
 
 def test_tensorboard_and_metrics_jsonl_hold_the_same_numbers(watched_run):
-    lines = [json.loads(line) for line in (watched_run / "metrics.jsonl").read_text().splitlines()]
+    lines = steps(watched_run)
     assert [line["step"] for line in lines] == list(range(7))
     events = EventAccumulator(str(watched_run / "tensorboard"))
     events.Reload()
@@ -51,7 +51,7 @@ def test_the_run_directory_describes_the_run(watched_run):
     assert record["ranks"] == 2 and record["versions"]["torch"] and len(record["data"]) == len(record["weights"]) == 64
     assert record["trained"] == record["parameters"] and "sdpa" in record["attention"] and "fp32" in record["precision"]
     state = json.loads((watched_run / "checkpoints/step-000000006/state.json").read_text())
-    lines = [json.loads(line) for line in (watched_run / "metrics.jsonl").read_text().splitlines()]
+    lines = steps(watched_run)
     assert state["best"]["loss"] == min(line["validation/loss"] for line in lines[1:] if "validation/loss" in line)
     assert "validation/exact_match" in json.loads((watched_run / "finished.json").read_text())
 
@@ -65,13 +65,13 @@ def test_validation_loss_is_the_mean_over_supervised_tokens(watched_run, tiny, t
         ids, mask = torch.from_numpy(rows.tokens[start:end].astype("int64")), torch.from_numpy(rows.supervised[start + 1 : end].copy())
         logits = model.lm_head(model(ids, torch.arange(len(ids)), PackedAttention([len(ids)], CPU)))[:-1]
         total += F.cross_entropy(logits[mask], ids[1:][mask], reduction="sum").item()
-    last = json.loads((watched_run / "metrics.jsonl").read_text().splitlines()[-1])
+    last = steps(watched_run)[-1]
     assert last["validation/loss"] == pytest.approx(total / rows.supervised.sum(), rel=1e-6)
 
 
 def test_speed_counts_real_tokens(watched_run, tiny, tmp_path):
     rows = load_dataset(tmp_path / "rows.jsonl", load_tokenizer(tiny), "alpaca", 64, "error", tmp_path / "cache")
-    lines = [json.loads(line) for line in (watched_run / "metrics.jsonl").read_text().splitlines()][1:]
+    lines = steps(watched_run)[1:]
     assert sum(line["train/tokens"] for line in lines) == 2 * len(rows.tokens) and sum(line["train/targets"] for line in lines) == 2 * rows.supervised.sum()
     for line in lines:
         assert line["train/tokens_per_s"] * line["time/step"] == pytest.approx(line["train/tokens"])
@@ -108,6 +108,31 @@ def test_attention_flops_are_those_of_the_pairs_that_see_each_other(tiny):
     assert flops.of(0, 0, np.array([100, 50])) == (2 + 5) * 2 * seen * 32
 
 
+@pytest.mark.parametrize(("found", "share", "why"), [
+    (41, 41.0, "by NVML"), (ModuleNotFoundError("pynvml"), None, "not measured: nvidia-ml-py is not installed; pip install -c constraints.txt -e '.[gpu]'"),
+    (Exception("Not Supported"), None, "not measured: NVML says Not Supported")])
+def test_a_gpus_utilisation_or_why_there_is_none(monkeypatch, found, share, why):
+    """NVML's own errors are plain exceptions: of a part of a GPU, or without permission. None of them ends a run."""
+
+    def utilization(device):
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(torch.cuda, "utilization", utilization)
+    gpu = torch.device("cuda")
+    assert metrics.utilisation(gpu) == (share, why)
+    assert metrics.memory(gpu).get("memory/gpu_utilisation_percent") == share
+
+
+def test_the_plan_is_an_equation_that_holds_for_any_share(watched_run, tmp_path):
+    """Ranks share a step by its sequences' cost, so one may take more micro-batches than another; one rank takes them all."""
+    said = (tmp_path / "ranks-0.log").read_text()
+    assert "step  global batch 8 sequences = ranks 2 × 4 on average, shared by cost, in micro-batches of at most 2: accumulation about 2; 7 in the" in said
+    assert report.batch(32, 8, 1) == "global batch 32 sequences = ranks 1 × 32, in micro-batches of at most 8: accumulation 4"
+    assert report.batch(8, 2, 3).startswith("global batch 8 sequences = ranks 3 × 2.66667 on average")
+
+
 def test_losses_and_shares_by_source_add_up_to_the_whole(recipe, trained, tiny, tmp_path):
     """Two sources of different formats and lengths; their losses weighed by their shares of the targets are the loss."""
     write_rows(tmp_path / "a.jsonl", ragged_rows(9, 1))
@@ -117,7 +142,7 @@ def test_losses_and_shares_by_source_add_up_to_the_whole(recipe, trained, tiny, 
     sources = f"[{{path: {tmp_path}/a.jsonl, weight: 1}}, {{path: {tmp_path}/b.jsonl, format: messages, name: chats, weight: 2}}]"
     trained(2, recipe(f"data.train={sources}", f"data.validation=[{{path: {tmp_path}/a.jsonl}}, {{path: {tmp_path}/b.jsonl, format: messages, name: chats}}]",
                       "data.packing=true", "train.global_batch=2", "train.epochs=2", "data.template=llama2", "data.max_length=96"))
-    lines = [json.loads(line) for line in (tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()]
+    lines = steps(tmp_path / "runs/run")
     events = EventAccumulator(str(tmp_path / "runs/run/tensorboard")).Reload()
     for line in lines[1:]:
         assert sum(line[f"train/share/{name}"] for name in ("a", "chats")) == pytest.approx(1, abs=1e-12)

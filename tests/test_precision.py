@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from conftest import steps
 from forks import forked
 from safetensors.torch import load_file
 
@@ -16,10 +17,6 @@ from engine.precision import LossScale
 
 FP16 = ("train.precision=fp16", "train.loss_scale=1024", "optim.schedule=linear", "train.epochs=2", "train.max_steps=5", "checkpoint.every_steps=1",
         "checkpoint.keep=9")
-
-
-def lines(run) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def overflow_at(step: int, rank: int, arguments: list[str]) -> int:
@@ -47,7 +44,7 @@ def test_an_infinity_on_one_rank_skips_the_step_on_all_and_halves_the_scale(reci
     trained(2, recipe(*FP16, name="clean"))
     poisoned = ranks(2, lambda: overflow_at(2, 1, recipe(*FP16, name="poisoned")))
     assert poisoned.wait() == [0, 0], poisoned.log.read_text()
-    clean, found = lines(tmp_path / "runs/clean"), lines(tmp_path / "runs/poisoned")
+    clean, found = steps(tmp_path / "runs/clean"), steps(tmp_path / "runs/poisoned")
     assert [line["train/skipped"] for line in found] == [0, 0, 1, 0, 0] and not any(line["train/skipped"] for line in clean)
     assert [line["train/loss_scale"] for line in found] == [1024, 1024, 1024, 512, 512]
     for key in ("step", "train/lr", "train/tokens", "train/targets", "train/epoch"):  # schedule and rows go on in step
@@ -67,7 +64,7 @@ def test_replicas_stay_equal_through_a_skipped_step(recipe, ranks, tmp_path):
     """Rank 0 saves; were rank 1 to skip alone, the next loss would differ from a run on one rank with the same skip."""
     for size, rank in ((1, 0), (2, 1)):
         assert set(ranks(size, lambda size=size, rank=rank: overflow_at(2, rank, recipe(*FP16, name=f"w{size}"))).wait()) == {0}
-    one, two = lines(tmp_path / "runs/w1"), lines(tmp_path / "runs/w2")
+    one, two = steps(tmp_path / "runs/w1"), steps(tmp_path / "runs/w2")
     assert [line["train/skipped"] for line in one] == [line["train/skipped"] for line in two] == [0, 0, 1, 0, 0]
     for step in (3, 4):
         assert one[step]["train/loss"] == pytest.approx(two[step]["train/loss"], rel=2e-3)
@@ -84,7 +81,7 @@ def test_without_a_scale_to_lower_the_run_stops_before_the_update(recipe, ranks,
 def test_fp16_follows_fp32(recipe, trained, tmp_path):
     for kind in ("fp32", "fp16"):
         trained(1, recipe(f"train.precision={kind}", "train.loss_scale=1024", "train.epochs=2", name=kind))
-    for exact, low in zip(lines(tmp_path / "runs/fp32"), lines(tmp_path / "runs/fp16"), strict=True):
+    for exact, low in zip(steps(tmp_path / "runs/fp32"), steps(tmp_path / "runs/fp16"), strict=True):
         assert low["train/loss"] == pytest.approx(exact["train/loss"], rel=5e-3)
     moments = load_file(tmp_path / "runs/fp16/checkpoints/step-000000006/optimizer.safetensors")
     weights = load_file(tmp_path / "runs/fp16/checkpoints/step-000000006/model.safetensors")
@@ -123,7 +120,7 @@ def test_bf16_autocast_follows_fp32(recipe, ranks, trained, tmp_path, monkeypatc
     trained(1, recipe("train.epochs=2", "train.max_steps=4", *lora[:1], name="fp32"))
     monkeypatch.setattr(precision, "_cpu_multiplies_bf16", lambda: True)
     trained(2, recipe("train.epochs=2", "train.max_steps=4", "train.precision=bf16", *lora, name="bf16"))
-    for exact, low in zip(lines(tmp_path / "runs/fp32"), lines(tmp_path / "runs/bf16"), strict=True):
+    for exact, low in zip(steps(tmp_path / "runs/fp32"), steps(tmp_path / "runs/bf16"), strict=True):
         assert low["train/loss"] == pytest.approx(exact["train/loss"], rel=2e-2)
     saved = load_file(tmp_path / "runs/bf16/checkpoints/step-000000004/model.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Ranks
+from conftest import Ranks, repeatable, steps
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engine import metrics, optim, train
 from engine.data import ledger
 from engine.errors import CHECKPOINT, PREEMPTED, EngineError
-from engine.metrics import MEASURED
 
 FULL = ("model.dropout=0.2",)
 LORA = ("lora.rank=4", "lora.dropout=0.3", "lora.targets=[q_proj,down_proj]", "model.dropout=0.1")
@@ -32,8 +31,7 @@ def result(run: Path) -> dict[str, str]:
     found = {f"{last.name}/{name}": hashlib.sha256((last / name).read_bytes()).hexdigest() for name in ("model.safetensors", "optimizer.safetensors")}
     for path in (run / "export").glob("*/*.safetensors"):
         found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {**found, "metrics": json.dumps([{key: value for key, value in line.items() if not key.startswith(MEASURED)} for line in lines])}
+    return {**found, "metrics": json.dumps(repeatable(run))}
 
 
 def steps_done(run: Path) -> int:
@@ -58,7 +56,7 @@ def test_killed_and_resumed_equals_undisturbed(recipe, ranks, trained, tmp_path,
     trained(size, recipe(*kind, *LONG, name="whole"))
     draw = random.Random(size * 10 + len(kind))
     run = tmp_path / "runs" / "cut"
-    epoch = json.loads((tmp_path / "runs/whole/metrics.jsonl").read_text().splitlines()[0])["train/epoch"]
+    epoch = steps(tmp_path / "runs/whole")[0]["train/epoch"]
     at = sorted({draw.randrange(1, 5), round(1 / epoch) + 1, draw.randrange(6, 10)})  # one of them just past an epoch's end
     for step in at:
         kill_after(ranks(size, recipe(*kind, *LONG, name="cut")), run, step, draw.random() * 0.03)
@@ -66,8 +64,8 @@ def test_killed_and_resumed_equals_undisturbed(recipe, ranks, trained, tmp_path,
     assert result(run) == result(tmp_path / "runs" / "whole")
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
-    steps = [event.step for event in events.Scalars("train/loss")]
-    assert steps == list(range(1, len(steps) + 1)), "a step appears twice or not at all in TensorBoard"
+    seen = [event.step for event in events.Scalars("train/loss")]
+    assert seen == list(range(1, len(seen) + 1)), "a step appears twice or not at all in TensorBoard"
 
 
 def test_first_step_after_a_resume_has_the_bucket_layout_of_later_steps(recipe, ranks, trained, tmp_path, monkeypatch):
@@ -171,13 +169,13 @@ def test_resume_at_another_world_size_goes_on_with_the_same_rows(recipe, ranks, 
     for size, stop in ((2, 2), (4, 4), (1, 6), (3, 8)):
         assert set(ranks(size, lambda stop=stop: stop_after(stop, recipe(*options, name="cut"))).wait()) == {PREEMPTED}
     trained(4, recipe(*options, name="cut"))
-    whole, cut = ([json.loads(line) for line in (tmp_path / f"runs/{name}/metrics.jsonl").read_text().splitlines()] for name in ("whole", "cut"))
+    whole, cut = (steps(tmp_path / f"runs/{name}") for name in ("whole", "cut"))
     assert [line["step"] for line in whole] == [line["step"] for line in cut] and len(whole) > 8
     for one, other in zip(whole, cut, strict=True):
         assert one["train/tokens"] == other["train/tokens"] and one["train/targets"] == other["train/targets"]
         assert one["train/loss"] == pytest.approx(other["train/loss"], rel=1e-6)
-    steps = {tuple(json.loads(line)) for line in planned.read_text().splitlines()}
-    assert len(steps) == len(whole), "two runs trained different documents in a step"
+    documents = {tuple(json.loads(line)) for line in planned.read_text().splitlines()}
+    assert len(documents) == len(whole), "two runs trained different documents in a step"
     ledgers = [json.loads((tmp_path / f"runs/{name}/ledger.json").read_text()) for name in ("whole", "cut")]
     assert ledgers[0] == ledgers[1] and ledgers[0]["train"]["files"][0]["trained"] == {"4": 23}
 
@@ -187,7 +185,7 @@ def test_dropout_does_not_depend_on_the_split(recipe, trained, tmp_path):
     losses = []
     for size, micro_batch in ((1, 4), (2, 1), (4, 2)):
         trained(size, recipe(*LORA, "train.max_steps=3", f"train.micro_batch={micro_batch}", name=f"w{size}"))
-        losses.append([json.loads(line)["train/loss"] for line in (tmp_path / f"runs/w{size}/metrics.jsonl").read_text().splitlines()])
+        losses.append([step["train/loss"] for step in steps(tmp_path / f"runs/w{size}")])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0] == pytest.approx(losses[2], rel=1e-5)
 
 

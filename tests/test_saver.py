@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Ranks, loaded
+from conftest import Ranks, loaded, steps
 from test_resume import FULL, LORA, result, steps_done
 from test_watchdog import command, ends, fail, here, on_call, stop_self
 from torch import nn
@@ -63,13 +63,13 @@ def test_what_is_written_is_the_state_of_one_step_although_the_loop_went_on(reci
         assert started.wait() == [DONE] * size, started.log.read_text()
     found, expected = (tmp_path / f"runs/{name}/checkpoints" for name in ("going_on", "waiting"))
     saved = sorted(path.name for path in found.iterdir())
-    steps = [int(name[5:]) for name in saved]
-    assert len(steps) >= 3 and all(after - before >= 3 for before, after in zip(steps[:-1], steps[1:-1], strict=False)), f"saved at {steps}"
+    done = [int(name[5:]) for name in saved]
+    assert len(done) >= 3 and all(after - before >= 3 for before, after in zip(done[:-1], done[1:-1], strict=False)), f"saved at {done}"
     for name in saved:
         for file in checkpoint.FILES[:2]:
             assert (found / name / file).read_bytes() == (expected / name / file).read_bytes(), f"{name}/{file} is not of one step"
         states = [json.loads((folder / name / "state.json").read_text()) for folder in (found, expected)]
-        lines = [json.loads(line) for line in (tmp_path / "runs/going_on/metrics.jsonl").read_text().splitlines()][: states[0]["step"]]
+        lines = steps(tmp_path / "runs/going_on")[: states[0]["step"]]
         assert states[0] == states[1] and states[0]["trained"][2:] == [sum(line[f"train/{what}"] for line in lines) for what in ("tokens", "targets")]
     assert result(tmp_path / "runs/going_on") == result(tmp_path / "runs/waiting")
 
@@ -135,10 +135,10 @@ def test_a_slow_disk_holds_up_saves_and_not_the_loop(recipe, tmp_path):
     assert "DELAYED" in trace.read_text()
     first, last = min(meanwhile.items(), key=lambda one: one[0])[1]
     assert last - first >= 5, f"the loop stood still: {meanwhile}"
-    steps = checkpoint.steps_in(run / "checkpoints")
-    assert steps[-1] == steps_done(run) > 2 * len(steps) and all(checkpoint.damage(path) is None for path in (run / "checkpoints").iterdir())
-    stalls = [line["time/checkpoint"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "time/checkpoint" in line]
-    assert len(stalls) == len(steps) and max(stalls[:-1]) < 0.35, f"a save by the clock waited for the one before: {stalls}"
+    saved = checkpoint.steps_in(run / "checkpoints")
+    assert saved[-1] == steps_done(run) > 2 * len(saved) and all(checkpoint.damage(path) is None for path in (run / "checkpoints").iterdir())
+    stalls = [line["time/checkpoint"] for line in steps(run) if "time/checkpoint" in line]
+    assert len(stalls) == len(saved) and max(stalls[:-1]) < 0.35, f"a save by the clock waited for the one before: {stalls}"
     assert Ranks(1, lambda: train.main(recipe(*FULL, *STEPS, "checkpoint.every_s=0", name="quick")), tmp_path / "quick.log").wait() == [DONE]
     assert result(run) == result(tmp_path / "runs/quick")
 

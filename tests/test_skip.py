@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import load_dataset, ragged_rows, write_rows
+from conftest import load_dataset, ragged_rows, steps, write_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -122,7 +122,7 @@ def test_a_step_without_a_target_moves_nothing_and_is_one_warning(recipe, ranks,
     assert started.wait() == [0, 0], started.log.read_text()
     said, run = started.log.read_text(), tmp_path / "runs/run"
     assert said.count("WARNING") == 1 and "WARNING step 2 has no target left" in said
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = steps(run)
     assert ["train/loss" in line for line in lines] == [True, False, True] and [line["train/skipped"] for line in lines] == [0, 1, 0]
     for name in ("model", "optimizer"):
         one, two, three = (load_file(run / f"checkpoints/step-{step:09d}/{name}.safetensors") for step in (1, 2, 3))
@@ -140,7 +140,7 @@ def test_an_id_that_calls_no_row_is_an_error(recipe, tmp_path, id, words):
 
 def test_rows_of_one_line_cannot_be_told_apart(recipe, tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps(ragged_rows(5)))
-    with pytest.raises(EngineError, match="calls 5 rows of one line"):
+    with pytest.raises(EngineError, match="names 5 rows of one line"):
         train.main(recipe(f"data.train={tmp_path}/rows.json", f"data.skip=['{tmp_path}/rows.json:1']"))
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import disks
 import pytest
 import torch
-from conftest import ROOT, Ranks, loaded
+from conftest import ROOT, Ranks, flip, loaded, repeatable
 from test_resume import FULL, LONG, stop_after
 from test_torn import contents, snapshot
 
@@ -30,12 +30,6 @@ from engine.errors import CHECKPOINT, DONE, ENVIRONMENT, PREEMPTED, SECURITY, US
 from engine.record import Record
 
 STEPS = ("train.epochs=4", "checkpoint.every_steps=2", "checkpoint.keep=2", "train.global_batch=4", "data.packing=true")
-
-
-def numbers(run: Path) -> list[dict[str, float]]:
-    """The record of steps without what the clock says."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith(metrics.MEASURED)} for line in lines]
 
 
 def whole(folder: Path) -> dict[str, dict[str, bytes]]:
@@ -51,7 +45,7 @@ def undisturbed(recipe) -> dict[str, object]:
         arguments = recipe(*STEPS, name="whole")
         run = Path(next(one for one in arguments if one.startswith("run.folder=")).partition("=")[2]) / "whole"
         assert Ranks(1, lambda: train.main(arguments), run.parent.parent / "whole.log").wait() == [DONE]
-        UNDISTURBED.update(numbers=numbers(run), checkpoint=sorted(whole(run / "checkpoints").items())[-1])
+        UNDISTURBED.update(numbers=repeatable(run), checkpoint=sorted(whole(run / "checkpoints").items())[-1])
     return UNDISTURBED
 
 
@@ -148,7 +142,7 @@ def test_training_that_meets_a_full_disk_stops_with_code_4_and_goes_on_later(rec
         assert checkpoint.newest_whole(folder) >= 2 and not list(folder.glob(".tmp*")) and not (disk / "run/finished.json").exists()
         (disk / "ballast").unlink()
         assert Ranks(1, lambda: train.main(arguments), tmp_path / "again.log").wait() == [DONE], (tmp_path / "again.log").read_text()
-        steps = [line["step"] for line in numbers(disk / "run")]
+        steps = [line["step"] for line in repeatable(disk / "run")]
         assert steps == list(range(1, len(steps) + 1)) and len(steps) > 8
 
     disks.child(run)
@@ -297,10 +291,6 @@ def test_a_save_makes_no_folder_for_itself(tmp_path):
 # --- B6 to B9: what lies among the checkpoints -------------------------------------------------------------------------
 
 
-def flip(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
-
-
 def test_what_is_damaged_is_set_aside_and_its_room_goes_to_others(recipe, ranks, trained, tmp_path):
     assert ranks(1, lambda: stop_after(6, recipe(*STEPS))).wait() == [PREEMPTED]
     folder = tmp_path / "runs/run/checkpoints"
@@ -310,13 +300,13 @@ def test_what_is_damaged_is_set_aside_and_its_room_goes_to_others(recipe, ranks,
     (folder / ".tmp-step-000000005").mkdir()
     started = ranks(1, lambda: stop_after(8, recipe(*STEPS)))
     assert started.wait() == [PREEMPTED]
-    warning, = [line for line in started.log.read_text().splitlines() if line.startswith("WARNING: passing over")]
+    warning, = [line for line in started.log.read_text().splitlines() if line.startswith("WARNING passing over")]
     assert "step-000000006: model.safetensors has SHA-256" in warning and "the manifest says" in warning
     assert sorted(os.listdir(folder)) == ["step-000000006", "step-000000006.corrupt", "step-000000008"]
     assert contents(folder / "step-000000006.corrupt") == damaged
     trained(1, recipe(*STEPS))
     last, files = undisturbed(recipe)["checkpoint"]
-    assert numbers(tmp_path / "runs/run") == undisturbed(recipe)["numbers"] and last == sorted(whole(folder))[-1]
+    assert repeatable(tmp_path / "runs/run") == undisturbed(recipe)["numbers"] and last == sorted(whole(folder))[-1]
     assert all((folder / last / name).read_bytes() == files[name] for name in FILES[:2])
 
 
@@ -410,7 +400,7 @@ def test_a_second_run_in_the_same_place_is_refused_and_told_who_is_there(recipe,
     assert caught.value.exit_code == ENVIRONMENT and time.monotonic() - began < 2
     go_on.touch()
     assert first.wait() == [DONE]
-    assert numbers(tmp_path / "runs/run") == undisturbed(recipe)["numbers"]
+    assert repeatable(tmp_path / "runs/run") == undisturbed(recipe)["numbers"]
 
 
 def test_the_lock_goes_with_a_process_that_is_killed(tmp_path):
@@ -464,7 +454,7 @@ def test_tensorboard_that_cannot_be_written_is_one_warning(recipe, tmp_path, fau
         assert started.wait() == [DONE], started.log.read_text()
         log = started.log.read_text()
         assert log.count("WARNING") == log.count("TensorBoard's files cannot be written") == 1 and "Traceback" not in log, log
-        assert numbers(tmp_path / "runs/run") == undisturbed(recipe)["numbers"]
+        assert repeatable(tmp_path / "runs/run") == undisturbed(recipe)["numbers"]
 
     undisturbed(recipe)
     disks.child(run)
@@ -488,11 +478,10 @@ def test_a_record_cut_anywhere_goes_on_with_whole_lines(tmp_path):
 # --- B17: names --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("folder, name", [("runs/", "a name with spaces"), ("./x/../runs", "训练-é"), ("~/runs", "run"), ("runs", "n" * 255),
+@pytest.mark.parametrize("folder, name", [("runs/", "a name with spaces"), ("./x/../runs", "训练-é"), ("runs", "n" * 255),
                                           ("link", "'quoted' \"$HOME\" ;#"), ("runs", "a/b"), ("runs", "50%s{x}")])
 def test_a_run_may_have_any_name_that_a_folder_can_have(tmp_path, monkeypatch, folder, name):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "target").mkdir()
     (tmp_path / "x").mkdir()
     (tmp_path / "link").symlink_to("target")
@@ -507,7 +496,7 @@ def test_a_run_may_have_any_name_that_a_folder_can_have(tmp_path, monkeypatch, f
         log.close()
         rundir.describe(path, cfg, {})
         rundir.finish(path, {})
-    assert path.resolve() == (Path(folder).expanduser() / name).resolve() and not (tmp_path / "~").exists()
+    assert path.resolve() == (Path(folder) / name).resolve()
     if len(name) < 250:
         assert rundir.choose(cfg).name == f"{name}-2".rpartition("/")[2]
     else:

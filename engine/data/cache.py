@@ -13,7 +13,7 @@ import numpy as np
 
 from engine.data import build
 from engine.data.build import Job
-from engine.data.reading import SPAN, FileSurvey, Span, state_of, survey
+from engine.data.reading import SPAN, FileSurvey, Span, place, state_of, survey
 from engine.data.tokenizer import Tokenizer
 from engine.errors import ENVIRONMENT, EngineError
 from engine.publish import built_once, locked, published
@@ -40,12 +40,14 @@ class File:
     def rejected(self) -> int:
         return sum(span["rejected"] for span in self.index["spans"])
 
-    def rejects(self) -> Iterator[tuple[int, int | None, str]]:
-        """(line, column or None, reason) of each record that could not be read."""
+    def rejects(self) -> Iterator[tuple[str, str]]:
+        """Place and reason of each record that could not be read."""
         for number, span in enumerate(self.index["spans"]):
             if span["rejected"]:
                 with (self.folder / f"{number:05d}.rejected.jsonl").open(encoding="utf-8") as file:
-                    yield from (tuple(json.loads(line).values()) for line in file)
+                    for line in file:
+                        *where, reason = json.loads(line).values()
+                        yield place(self.path, *where), reason
 
 
 def tokenised(path: Path, source: int, job: Job, tokenizer: Tokenizer, cache: Path, workers: int | None) -> File:

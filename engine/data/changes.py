@@ -1,4 +1,4 @@
-"""Which file of rows has changed since a checkpoint, and in which line: what a refusal to go on tells about its data.
+"""Which file of rows has changed since a checkpoint, and in which line: what a refused resume says about its data.
 
 A run's identity has one digest of all its documents. Beside it a checkpoint keeps a line about each file, with the name of its arrays
 in the cache. The cache is keyed by content, so the rows as they were are mostly still there to compare with.

@@ -16,8 +16,8 @@ from typing import Any
 from engine.config import Data
 from engine.data.formats import BadRow, Message, Row
 from engine.data.template import TEMPLATES, question
-from engine.data.tokenizer import Tokenizer, prompt_ids, read_json, tokenise
-from engine.errors import SECURITY, EngineError
+from engine.data.tokenizer import Tokenizer, prompt_ids, read_json, text_of, tokenise
+from engine.errors import SECURITY, EngineError, warn
 
 SIZE = 1 << 20  # characters of a template
 WALL_S = 10.0  # its CPU time is limited more narrowly; this is for machines that have none to spare
@@ -76,11 +76,11 @@ def check(folder: Path, data: Data, tokenizer: Tokenizer, row: Row | None) -> No
     try:
         template = own_template(folder)
         if row and template is not None and (found := difference(template, folder, data, tokenizer, row)):
-            print(f"WARNING {found}", file=sys.stderr)
+            warn(found)
     except BadRow:  # the template has no place for it; tokenising says so
         pass
     except EngineError as error:
-        print(f"WARNING {folder}: not compared with data.template={data.template}: {error.text}", file=sys.stderr)
+        warn(f"{folder}: not compared with data.template={data.template}: {error.text}")
 
 
 def difference(template: str, folder: Path, data: Data, tokenizer: Tokenizer, row: Row) -> str | None:
@@ -156,8 +156,7 @@ def as_chat(message: Message) -> dict[str, Any]:
 
 def _names(folder: Path, tokenizer: Tokenizer) -> dict[str, str]:
     settings = read_json(folder / "tokenizer_config.json")
-    named = {key: found.get("content") if isinstance(found := settings.get(key), dict) else found
-             for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    named = {key: text_of(settings.get(key)) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
     names = dict(zip(("eos_token", "bos_token"), map(tokenizer.name, [tokenizer.eos, *tokenizer.prefix]), strict=False))
     return {**names, **{key: name for key, name in named.items() if isinstance(name, str)}}
 

@@ -1,9 +1,8 @@
-"""What may be wrong with rows, told from the cached arrays alone: no text is read, so a million rows take a second or two.
+"""What may be wrong with rows, seen in the cached arrays alone: no text is read, so a million rows take a second or two.
 
-An *error* keeps training from starting, a *warning* is told at its start in one line, a *note* by `engine.audit` alone.
+An *error* keeps training from starting, a *warning* is one line at its start, a *note* is reported by `engine.audit` alone.
 """
 
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,8 +15,8 @@ import numpy as np
 from engine.config import Data
 from engine.data.build import DOUBLE_BOS, HOLDS_CONTROL, NAMES_CONTROL
 from engine.data.dataset import NAMED, SILENT, TOO_LONG, Dataset, check_fit
-from engine.data.tokenizer import Tokenizer, end_of, read_json
-from engine.errors import EngineError
+from engine.data.tokenizer import Tokenizer, end_of, read_json, text_of
+from engine.errors import EngineError, warn
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
 MANY_DUPLICATES = 0.01  # share of the rows from which on training speaks of them
@@ -44,7 +43,7 @@ class Finding:
 
 
 def findings(train: Dataset, held_out: Dataset | None, data: Data) -> Iterator[Finding]:
-    """All that the arrays tell, errors first."""
+    """All that the arrays show, errors first."""
     yield from errors(train, held_out, data)
     yield from doubts(train, held_out)
     for name, dataset in (("data.train", train), ("data.validation", held_out)):
@@ -58,7 +57,7 @@ def before_training(train: Dataset, held_out: Dataset | None, data: Data, speaks
     for found in doubts(train, held_out) if speaks else ():
         if found.severity == WARNING:
             first = f", as {found.rows[0]}" if found.rows else ""
-            print(f"WARNING {found.headline()}{first}; {found.advice}; python -m engine.audit RECIPE shows more", file=sys.stderr)
+            warn(f"{found.headline()}{first}; {found.advice}; python -m engine.audit RECIPE shows more")
 
 
 def refuse(found: Iterable[Finding], area: str) -> None:
@@ -183,8 +182,8 @@ def _notes(dataset: Dataset, name: str, data: Data) -> Iterator[Finding]:
 
 def padding(folder: Path, tokenizer: Tokenizer, data: Data) -> Iterator[Finding]:
     """A tokenizer that pads with what ends answers."""
-    pad = read_json(folder / "tokenizer_config.json").get("pad_token")
-    pad, end = pad.get("content") if isinstance(pad, dict) else pad, tokenizer.name(end_of(data.template, tokenizer))
+    pad = text_of(read_json(folder / "tokenizer_config.json").get("pad_token"))
+    end = tokenizer.name(end_of(data.template, tokenizer))
     if pad == end:
         yield Finding("PAD-IS-END", NOTE, 0, 0, f"the tokenizer pads with {end}, which also ends answers",
                       "harmless here: padding is known by its place and never by its id, so ends are learnt; trainers that mask every padding id would "
@@ -235,8 +234,7 @@ def _records(dataset: Dataset) -> int:
 
 
 def _rejected(dataset: Dataset) -> tuple[str, ...]:
-    named = (f"{file.path}:{line}{f':{column}' if column else ''}: {reason}" for file in dataset.files for line, column, reason in file.rejects())
-    return tuple(islice(named, NAMED))
+    return tuple(islice((f"{where}: {reason}" for file in dataset.files for where, reason in file.rejects()), NAMED))
 
 
 def _spans(dataset: Dataset, kind: str) -> Iterator[tuple[np.ndarray, int]]:

@@ -7,7 +7,6 @@ documents, the ledger knows rows.
 
 import hashlib
 import json
-import sys
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
@@ -25,7 +24,7 @@ from engine.data.plan import shuffled
 from engine.data.reading import expand
 from engine.data.tokenizer import Tokenizer
 from engine.dropout import mix
-from engine.errors import EngineError, rank_in_launch
+from engine.errors import EngineError, rank_in_launch, warn
 
 NAMED = 5  # rows that an error names
 MOST_DOCUMENTS = 200_000_000  # in an epoch; each takes 22 bytes of every rank
@@ -164,10 +163,10 @@ def load(cfg: Data, of: str, tokenizer: Tokenizer, seed: int = 0, strict: bool =
 
 
 def _named(dataset: Dataset, ids: list[str]) -> np.ndarray:
-    """Rows that are called path:line, each once.
+    """Rows that are named path:line, each once.
 
     Raises:
-        EngineError: an id calls none that is trained on, or the lines of a file hold more rows than one.
+        EngineError: an id names none that is trained on, or the lines of a file hold more rows than one.
     """
     found: list[int] = []
     for one in ids:
@@ -177,7 +176,7 @@ def _named(dataset: Dataset, ids: list[str]) -> np.ndarray:
             if line.isdecimal() and (str(file.path) == path or file.path.resolve() == Path(path).resolve()):
                 mine = first + np.flatnonzero(dataset.rows["line"][first : first + file.kept] == int(line))
                 if len(mine) > 1:
-                    raise EngineError("DATA-SKIP", f"data.skip: {one} calls {len(mine)} rows of one line; give each record of {file.path} a line of its own")
+                    raise EngineError("DATA-SKIP", f"data.skip: {one} names {len(mine)} rows of one line; give each record of {file.path} a line of its own")
                 rows += [row for row in mine.tolist() if dataset.times[row]]
             first += file.kept
         if not rows:
@@ -190,16 +189,16 @@ def _warn_of_repeated_files(files: list[File]) -> None:
     seen: dict[str, File] = {}
     for file in files:
         if (first := seen.setdefault(file.index["sha256"], file)) is not file and rank_in_launch() == 0:
-            print(f"WARNING {file.path} has the same content as {first.path}; its rows are trained once more", file=sys.stderr)
+            warn(f"{file.path} has the same content as {first.path}; its rows are trained once more")
 
 
 def _refuse_rejects(files: list[File]) -> None:
     count = sum(file.rejected for file in files)
     if not count:
         return
-    named = [f"{file.path}:{line}{f':{column}' if column else ''}: {reason}" for file in files for line, column, reason in islice(file.rejects(), NAMED)]
+    named = [f"{where}: {reason}" for file in files for where, reason in islice(file.rejects(), NAMED)]
     more = f"\n(and {count - NAMED:,} more)" if count > NAMED else ""
-    raise EngineError("DATA-ROW", "\nERROR E-DATA-ROW ".join(named[:NAMED]) + more + "; mend the rows, or set data.on_bad_row=skip to leave them out")
+    raise EngineError("DATA-ROW", "\nERROR E-DATA-ROW ".join(named[:NAMED]) + more + "; fix the rows, or set data.on_bad_row=skip to leave them out")
 
 
 def _rows(files: list[File]) -> tuple[np.ndarray, list[str]]:
@@ -285,8 +284,8 @@ def _times(source_of_rows: np.ndarray, kept: np.ndarray, sources: list[Source], 
 
 def _first_reason(dataset: Dataset) -> str:
     for file in dataset.files:
-        for line, _, reason in file.rejects():
-            return f"{file.path}:{line}: {reason}"
+        for where, reason in file.rejects():
+            return f"{where}: {reason}"
     if len(dataset.rows):
         return f"{dataset.where(0)}: {dataset.reason_left_out(0)}"
     return "the files hold none"

@@ -1,4 +1,4 @@
-"""What became of every row: trained so many times, truncated, split, dropped, rejected or not reached, in sums that balance.
+"""What became of every row: trained so many times, skipped, truncated, split, dropped, rejected or not reached, in sums that balance.
 
 Sums are taken twice over: by file, from what the reader counted, and by document, from what the loop says that it trained.
 """
@@ -131,8 +131,7 @@ def left_out(*datasets: Dataset | None) -> Iterator[dict[str, str]]:
     """Rows that no document holds, and records that are no rows: where and why."""
     for dataset in filter(None, datasets):
         for file in dataset.files:
-            for line, column, reason in file.rejects():
-                yield {"row": f"{file.path}:{line}" + (f":{column}" if column else ""), "fate": "rejected", "reason": reason}
+            yield from ({"row": where, "fate": "rejected", "reason": reason} for where, reason in file.rejects())
         yield from ({"row": dataset.where(row), "fate": "skipped", "reason": "skipped by data.skip"} for row in dataset.skip.tolist())
         for row in np.flatnonzero(~np.isin(dataset.fates, KEPT)).tolist():
             yield {"row": dataset.where(row), "fate": FATES[int(dataset.fates[row])], "reason": dataset.reason_left_out(row)}

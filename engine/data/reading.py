@@ -238,7 +238,7 @@ def _first_fault(spans: Iterable[Span]) -> str:
     for span in spans:
         for line, found in records(span):
             if isinstance(found, BadRow):
-                return f". The first fault: {row_error(span.path, line, found.column, found.reason).text}"
+                return f". The first fault: {place(span.path, line, found.column)}: {found.reason}"
     return ""
 
 
@@ -428,9 +428,9 @@ def _parsed(piece: bytes, what: str = "one object a line", column: int = 1) -> d
     return BadRow(f"got {kind}, expected an object", len(piece) - len(piece.lstrip(BLANK)) + 1)
 
 
-def row_error(path: Path, line: int, column: int | None, reason: str) -> EngineError:
-    """A bad row as an error of the run."""
-    return EngineError("DATA-ROW", f"{path}:{line}{f':{column}' if column else ''}: {reason}")
+def place(path: Path, line: int, column: int | None) -> str:
+    """path:line:column, as messages, ledger and data.skip name a row."""
+    return f"{path}:{line}" + (f":{column}" if column else "")
 
 
 def read_rows(path: Path, format: str = "alpaca", answered: bool = True) -> Iterator[Row]:
@@ -452,7 +452,7 @@ def read_rows(path: Path, format: str = "alpaca", answered: bool = True) -> Iter
                     raise found
                 row = FORMATS[format](found, line, answered)
             except BadRow as error:
-                raise row_error(path, *position(found, line, error), error.reason) from None
+                raise EngineError("DATA-ROW", f"{place(path, *position(found, line, error))}: {error.reason}") from None
             yield row
     if empty:
         raise EngineError("DATA-EMPTY", f"{path}: holds no row; expected JSON objects, one a line")

@@ -51,7 +51,7 @@ def load_tokenizer(folder: Path, model: Path | None = None) -> "Tokenizer":
     elif (folder / "tokenizer.model").is_file():
         found = SentencePiece(folder, settings, generation)
     else:
-        raise EngineError("TOKENIZER-FILE", f"{folder}: has neither tokenizer.model nor tokenizer.json")
+        raise EngineError("TOKENIZER-FILE", f"{folder}: has neither tokenizer.model nor tokenizer.json; copy the one that the model was trained with into it")
     return found
 
 
@@ -71,7 +71,7 @@ class SentencePiece:
             raise EngineError("TOKENIZER-FILE", f"{path}: cannot be read as a sentencepiece model: {error}") from error
         self.size, self.eos = self.model.get_piece_size(), self.model.eos_id()
         if self.eos < 0:
-            raise EngineError("TOKENIZER-EOS", f"{path}: has no end-of-sequence piece; answers could never end")
+            raise EngineError("TOKENIZER-EOS", f"{path}: has no end-of-sequence piece, so answers could never end; take the model's own")
         self.ends = frozenset({self.eos, *_listed_ends(generation, folder)})
         begins = settings.get("add_bos_token", True) and self.model.bos_id() >= 0
         self.prefix = [self.model.bos_id()] if begins else []
@@ -144,14 +144,14 @@ class JsonTokenizer:
         self.digest = _digest([path], {"eos": self.eos})
 
     def _eos(self, settings: dict[str, Any], generation: dict[str, Any], config: dict[str, Any], path: Path) -> int:
-        named = settings.get("eos_token")
-        named = named.get("content") if isinstance(named, dict) else named
+        named = text_of(settings.get("eos_token"))
         number = self.model.token_to_id(named) if named else None
         for source in (generation, config):
             listed = source.get("eos_token_id")
             number = number if number is not None else listed[0] if isinstance(listed, list) else listed
         if number is None:
-            raise EngineError("TOKENIZER-EOS", f"{path}: no end-of-sequence token is named in tokenizer_config.json, generation_config.json or config.json")
+            raise EngineError("TOKENIZER-EOS", f"{path}: no end-of-sequence token is named in tokenizer_config.json, generation_config.json or config.json; "
+                              "name it in one of them")
         return number
 
     def encode(self, text: str) -> list[int]:
@@ -328,6 +328,11 @@ def read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
         raise EngineError("TOKENIZER-FILE", f"{path}: not JSON: {error}") from error
+
+
+def text_of(token: Any) -> Any:
+    """A token as tokenizer_config.json names it: by its text, or by an object that holds the text as "content"."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _listed_ends(generation: dict[str, Any], folder: Path) -> list[int]:
