@@ -12,6 +12,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from engine import config
 from engine.errors import DONE, ENVIRONMENT, PEER, PREEMPTED, EngineError, run
@@ -68,11 +69,11 @@ def launched(argv: list[str]) -> int:
 
     def look_for_the_last_word(agent, group):
         found = look(agent, group)
-        if any(failure.exitcode in (PREEMPTED, *FATAL) for failure in found.failures.values()):
+        if found.failures and in_time(found.failures)[0][1] in (PREEMPTED, *FATAL):
             agent._remaining_restarts = 0
         return found
 
-    LocalElasticAgent._monitor_workers = look_for_the_last_word  # torchrun would start those again who stopped as asked
+    LocalElasticAgent._monitor_workers = look_for_the_last_word  # torchrun would start again what stopped as asked, or cannot be mended
 
     if TRAIN in argv:  # ranks start with these held back, until they can note them; for this process a thread without a task takes them
         threading.Thread(target=threading.Event().wait, daemon=True).start()
@@ -80,9 +81,7 @@ def launched(argv: list[str]) -> int:
     try:
         torchrun.run(torchrun.parse_args(argv))  # main without its wrapper, which would log the failure once more
     except ChildFailedError as error:
-        # The sort keeps torchrun's own order, that of observation, within a second.
-        in_time = sorted(error.failures.items(), key=lambda item: item[1].timestamp)
-        return first_cause([(rank, failure.exitcode) for rank, failure in in_time])
+        return first_cause(in_time(error.failures))
     except SignalException as error:
         return code_after(error.sigval, exit_codes_of_ranks(error))
     except (DistError, RendezvousError) as error:
@@ -93,17 +92,23 @@ def launched(argv: list[str]) -> int:
     return DONE
 
 
+def in_time(failures: dict[int, Any]) -> list[tuple[int, int]]:
+    """(Rank, its exit code) of torchrun's failures; within a second in its own order, that of observation."""
+    return [(rank, failure.exitcode) for rank, failure in sorted(failures.items(), key=lambda item: item[1].timestamp)]
+
+
 def first_cause(failures: list[tuple[int, int]]) -> int:
     """The exit code that tells most of `failures`, (rank, its exit code) in the order of time.
 
-    A rank that left with PEER lost another, and later signals are torchrun's, sent to whoever was left: neither is a cause.
+    A rank that left with PEER lost another, and later signals are torchrun's, sent to whoever was left, who may have obeyed
+    with PREEMPTED: none is a cause.
     """
     rank, code = failures[0]
     if code < 0:
         advice = ("if nobody sent it, memory ran out: lower train.micro_batch or data.max_length" if code == -signal.SIGKILL
                   else "its last words, if any, are above")
         raise EngineError("PEER-KILLED", f"rank {rank} was ended by {signal.Signals(-code).name}; {advice}", PEER)
-    return next((code for _, code in failures if code > 0 and code != PEER), PEER)
+    return next((later for _, later in failures if later > 0 and later not in (PEER, PREEMPTED)), code)
 
 
 def code_after(signum: int, codes: list[int | None]) -> int:

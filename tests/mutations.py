@@ -348,6 +348,10 @@ BUGS = [
         "            agent._remaining_restarts = 0\n",
         "            pass\n",
         "tests/test_launch.py::test_what_a_restart_would_undo_or_cannot_mend_is_not_started_again"),
+    Bug("torchrun's own signal is a wish to stop", "engine/launch.py",
+        "if found.failures and in_time(found.failures)[0][1] in (PREEMPTED, *FATAL):",
+        "if any(code in (PREEMPTED, *FATAL) for _, code in in_time(found.failures)):",
+        "tests/test_launch.py::test_what_a_restart_would_undo_or_cannot_mend_is_not_started_again"),
     # ---- models out
     Bug("a merged weight rounded twice", "engine/lora.py",
         "merged = self.weight.float() + self.scale * (b @ a)",

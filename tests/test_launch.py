@@ -41,10 +41,13 @@ if kind == "stop":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     open(f"ready{rank}", "w").close()
     time.sleep(60)
-if kind in ("asked", "refused"):
-    open(f"{kind}{os.environ['TORCHELASTIC_RESTART_COUNT']}", "w").close()
+if kind in ("asked", "refused", "lost"):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))  # as a rank that has not met the others yet
+    open(f"{kind}{os.environ['TORCHELASTIC_RESTART_COUNT']}-{rank}", "w").close()
+    while not os.path.exists(f"{kind}{os.environ['TORCHELASTIC_RESTART_COUNT']}-1"):
+        time.sleep(0.05)
     time.sleep(60 * rank)
-    sys.exit(75 if kind == "asked" else 3)
+    sys.exit({"asked": 75, "refused": 3, "lost": 5}[kind])
 if kind == "places" and rank == 1:
     import pathlib, tempfile
     folder, = pathlib.Path(tempfile.gettempdir()).glob("meeting-*")
@@ -60,8 +63,8 @@ def launched(tmp_path_factory) -> dict[str, Any]:
     command = [sys.executable, "-m", "engine.launch", "--standalone", "--nproc-per-node", "2", "-m", "toy"]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}", "OMP_NUM_THREADS": "1"}
     environment.pop("LOGLEVEL", None)
-    again = [*command[:3], "--max-restarts", "3", *command[3:]]
-    kinds = {**dict.fromkeys(("done", "numeric", "raise", "kill", "stop"), command), "asked": again, "refused": again}
+    again = [*command[:3], "--max-restarts", "1", *command[3:]]
+    kinds = {**dict.fromkeys(("done", "numeric", "raise", "kill", "stop"), command), **dict.fromkeys(("asked", "refused", "lost"), again)}
     processes = {kind: subprocess.Popen([*start, kind], cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
                  for kind, start in kinds.items()}
     deadline = time.monotonic() + 60
@@ -85,10 +88,11 @@ def test_launch_returns_the_ranks_exit_code_and_adds_no_text_of_torchruns(launch
     assert "elastic" not in launched[kind].stderr and "Root Cause" not in launched[kind].stderr
 
 
-@pytest.mark.parametrize("kind, code", [("asked", PREEMPTED), ("refused", CHECKPOINT)])
-def test_what_a_restart_would_undo_or_cannot_mend_is_not_started_again(launched, kind, code):
+@pytest.mark.parametrize("kind, code, starts", [("asked", PREEMPTED, 1), ("refused", CHECKPOINT, 1), ("lost", PEER, 2)])
+def test_what_a_restart_would_undo_or_cannot_mend_is_not_started_again(launched, kind, code, starts):
+    """The other rank leaves with 75 each time, for torchrun tells it to stop: that is no wish of anybody's."""
     assert launched[kind].returncode == code, launched[kind].stderr
-    assert [path.name for path in launched["folder"].glob(f"{kind}*")] == [f"{kind}0"]
+    assert len(list(launched["folder"].glob(f"{kind}*-0"))) == starts
 
 
 def test_where_there_are_no_files_in_memory_nodes_of_one_meet_in_a_file_of_this_users_alone(tmp_path):
@@ -113,6 +117,8 @@ def test_a_killed_rank_is_told_in_one_line(launched):
     ([(2, PEER), (0, -15), (1, NUMERIC)], NUMERIC),
     ([(1, CHECKPOINT), (0, BUG)], CHECKPOINT),
     ([(0, PEER), (1, -15), (2, -9)], PEER),
+    ([(0, PEER), (1, PREEMPTED)], PEER),
+    ([(1, PREEMPTED), (0, PREEMPTED), (2, PEER)], PREEMPTED),
 ])
 def test_the_first_failure_counts_unless_it_only_lost_a_peer(failures, code):
     assert first_cause(failures) == code
