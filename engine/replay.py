@@ -46,7 +46,7 @@ def opened(box: Path) -> tuple[dict[str, Any], dict[str, Any], str, str]:
     """blackbox.json and run.json of a black box, and in words what will be done and which tokens were worst.
 
     Raises:
-        EngineError: it is no black box, or not whole.
+        EngineError: it is no black box, or not whole, or a newer one has its checkpoint.
     """
     try:
         recorded, before = (json.loads((box / name).read_text(encoding="utf-8")) for name in ("blackbox.json", "run.json"))
@@ -55,6 +55,8 @@ def opened(box: Path) -> tuple[dict[str, Any], dict[str, Any], str, str]:
                 f"on {size:d} rank{'s' * (size > 1)} of {threads:d} thread{'s' * (threads > 1)}")
         if recorded["format"] != 1 or min(recorded["step"], size, threads) < 1 or not {"began"} <= recorded.keys() or not isinstance(before, dict):
             raise ValueError("expected what engine.blackbox writes")
+        if checkpoint is not None and not (box / "checkpoint").is_dir():
+            raise EngineError("REPLAY-CHECKPOINT", f"{box}: its checkpoint has gone, as only the newest black box of a run keeps one; replay that", USER)
         for name in ("recipe.yaml", *([] if checkpoint is None else [f"checkpoint/step-{checkpoint:09d}"])):
             (box / name).stat()
         return recorded, before, plan, table(recorded)
@@ -74,8 +76,6 @@ def train(box: Path, recorded: dict[str, Any], before: dict[str, Any], folder: P
     run_again.mkdir()
     shutil.copy2(box / "run.json", run_again)  # the base's commit, and what the run was computed with
     if recorded["checkpoint"]:
-        if not (box / "checkpoint").is_dir():
-            raise EngineError("REPLAY-CHECKPOINT", f"{box}: its checkpoint has gone, as only the newest black box of a run keeps one; replay that", USER)
         shutil.copytree(box / "checkpoint", run_again / "checkpoints", copy_function=blackbox.link)
     blackbox.Recorder.wanted = recorded["step"]
     torch.set_num_threads(1)  # here, where a pool of threads would not outlive a fork

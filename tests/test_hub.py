@@ -456,6 +456,6 @@ def test_a_run_from_the_hub_names_its_base_everywhere(server, files, environment
     assert code == USER and err.startswith("ERROR E-HUB-REPOSITORY org/missing: is no folder here"), err
     server.requests.clear()
     code, out, err = command("convert", "org/missing.gguf", "out2")
-    assert code == USER and "cannot be read as GGUF" in err and not server.requests
+    assert code == USER and "is not there, expected a .gguf file" in err and not server.requests
     process.stdin.close()
     assert process.wait(10) == 0
