@@ -34,6 +34,7 @@ class Progress:
     exchanges, marks how many exchanges between ranks it has begun, and marks since: what must grow for others to go on
     since            time.monotonic() of the last progress
     inside           an exchange
+    watched          by others
     """
 
     step: int = 0
@@ -43,6 +44,7 @@ class Progress:
     marks: int = 0
     since: float = 0.0
     inside: bool = False
+    watched: bool = False
 
     @property
     def age(self) -> float:
@@ -80,7 +82,10 @@ def join(thread: threading.Thread) -> None:
 
 
 def aside(work: Callable[[], None]) -> None:
-    """Does what a disk may take long for in a thread, as `join` waits for it; raises what it raises."""
+    """Does what a disk may take long for in a thread where others watch this one, as `join` waits for it; raises what it raises."""
+    if not now.watched:
+        work()
+        return
     raised: list[BaseException] = []
 
     def caught() -> None:
@@ -159,6 +164,7 @@ class Watchdog:
         return f"beat/{rank}"
 
     def start(self) -> None:
+        now.watched = True
         self.hurry.set()
         for loop in (self._beat, self._judge):
             threading.Thread(target=loop, name=f"watchdog {loop.__name__}", daemon=True).start()
@@ -292,6 +298,7 @@ class Watchdog:
                 (self.answered - self.heard[other] > 2.5 * self.period and not self.beats[other].left)]
 
     def stop(self) -> None:
+        now.watched = False
         self.stopped.set()
 
 

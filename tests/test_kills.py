@@ -80,7 +80,7 @@ class Trap:
 
         from engine import loss
 
-        for owner, name in ((weights, "build"), (optim, "build"), (checkpoint, "load"), (optim, "load_state"), (distributed, "settle")):
+        for owner, name in ((weights, "build"), (optim, "build"), (checkpoint, "opened"), (optim, "load_state"), (distributed, "settle")):
             self.around(owner, name, "resume")
         for owner, name in ((ledger, "write"), (tensorfile, "save"), (checkpoint, "fsync"), (checkpoint, "_sha256"), (os, "rename"), (shutil, "rmtree")):
             self.around(owner, name, "write", thread="checkpoint")

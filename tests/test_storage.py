@@ -315,7 +315,7 @@ def test_nothing_is_trained_over_a_history_of_damage(recipe, ranks, tmp_path):
     run = tmp_path / "runs/run"
     for path in (run / "checkpoints").iterdir():
         flip(path / "optimizer.safetensors")
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name not in (".lock", "stopped")}
     assert ranks(1, recipe(*STEPS)).wait() == [CHECKPOINT]
     after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name not in (".lock", "last_error.json")}
     assert after == before, "a file was changed"
@@ -423,7 +423,7 @@ def test_the_lock_goes_with_a_process_that_is_killed(tmp_path):
 def test_another_recipe_changes_nothing_in_the_run_it_meets(recipe, ranks, tmp_path):
     assert ranks(1, lambda: stop_after(3, recipe(*LONG))).wait() == [PREEMPTED]
     run = tmp_path / "runs/run"
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name not in (".lock", "stopped")}
     started = ranks(1, recipe(*LONG, "optim.lr=2e-2", "train.seed=5", "train.max_steps=3"))
     assert started.wait() == [CHECKPOINT]
     assert "optim.lr: 0.01 → 0.02" in started.log.read_text() and "train.seed: " in started.log.read_text()

@@ -226,15 +226,15 @@ def test_others_wait_for_one_that_works_alone_as_long_as_it_works(recipe, ranks,
     """More than the timeout in a save, and in the export while the others wait to leave."""
 
     def work() -> None:
-        end = time.monotonic() + 3.3
+        end = time.monotonic() + 4.5
         while time.monotonic() < end:
             pass
 
     def main() -> None:
         on_call(0, checkpoint, "_sha256", 1, work)
-        slow_disk = lambda: on_call(0, publish, "fsync", 1, lambda: time.sleep(3.3))  # noqa: E731  which takes no time of a processor
+        slow_disk = lambda: on_call(0, publish, "fsync", 1, lambda: time.sleep(4.5))  # noqa: E731  which takes no time of a processor
         on_call(0, export.Exporter, "compare", 1, lambda: (work(), slow_disk()))
-        command(recipe("train.timeout_s=2", "train.max_steps=3", "checkpoint.every_steps=2"))
+        command(recipe("train.timeout_s=3", "train.max_steps=3", "checkpoint.every_steps=2"))
 
     assert ranks(2, main).wait() == [0, 0]
 
