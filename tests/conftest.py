@@ -96,16 +96,21 @@ def held(what: Callable[[], None], seconds: float, megabytes: float) -> None:
 
     def measured() -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 10,) * 2)  # what would never end does
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        began, start = time.process_time(), _peak()
+        began, start = time.process_time(), new_peak()
         what()
-        took, grown = time.process_time() - began, _peak() - start
+        took, grown = time.process_time() - began, peak_megabytes() - start
         assert took <= seconds and grown <= megabytes, f"it took {took:.2f} s and {grown:.0f} MB"
 
     forked(measured)
 
 
-def _peak() -> float:
+def new_peak() -> float:
+    """Lets the peak of resident memory begin anew, for a fork has its parent's; what it begins with, in MB."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_megabytes()
+
+
+def peak_megabytes() -> float:
     line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
     return int(line.split()[1]) / 1024
 
