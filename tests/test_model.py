@@ -127,7 +127,8 @@ def test_activation_checkpointing_lowers_the_peak_of_a_process(tmp_path, ranks):
     for every in (1, 0):
         assert ranks(1, lambda every=every: peak(every)).wait() == [0]
     saved, plain = (float((tmp_path / f"peak-{every}").read_text()) for every in (1, 0))
-    assert saved < plain - 300, f"peak {saved:.0f} MB with checkpointing, {plain:.0f} MB without"
+    # It takes 240 to 560 MB less, as the allocator happens to reuse what was freed; two processes that do the same differ by 50.
+    assert saved < plain - 150, f"peak {saved:.0f} MB with checkpointing, {plain:.0f} MB without"
 
 
 def edit(folder, **changes):
