@@ -53,8 +53,9 @@ def extra(package: str, source: str | Path, name: str = "hub") -> Any:
 
 
 def rank_in_launch() -> int:
-    """This process's rank as its launcher set it, 0 without one: decides who speaks, nothing else."""
-    return int(os.environ.get("RANK", 0))
+    """This process's rank as its launcher set it, 0 without one: decides who speaks, nothing else. What is no number distributed.py refuses."""
+    text = os.environ.get("RANK", "")
+    return int(text) if text.isdecimal() else 0
 
 
 def restarts_in_launch() -> int:

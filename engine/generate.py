@@ -31,7 +31,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--adapter", type=Path, metavar="DIR", help="adapter folder in PEFT layout; it names its base unless --model does")
     parser.add_argument("--prompt", metavar="TEXT", help="an instruction")
     parser.add_argument("--input", metavar="TEXT", default="", help="what the instruction is about, if it needs that")
-    parser.add_argument("--file", type=Path, metavar="ROWS.jsonl", help="rows as for training; they need no output")
+    parser.add_argument("--file", type=Path, metavar="ROWS.jsonl", help='JSON Lines of {"instruction", "input"}; they need no output')
     parser.add_argument("--out", type=Path, metavar="FILE", help="where the file's answers go, a new file [the terminal]")
     parser.add_argument("--batch", type=between(int, 1), default=16, metavar="N", help="rows of the file answered at once, fewer where long [16]")
     parser.add_argument("--temperature", type=between(float, 0), default=0.0, metavar="T", help="0 takes the likeliest token [0]")

@@ -59,13 +59,14 @@ def launched(argv: list[str]) -> int:
     from torch.distributed import DistError
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
 
     from engine.restarts import FATAL
+    from engine.saver import PATIENCE_S
 
-    look = LocalElasticAgent._monitor_workers
+    look, close = LocalElasticAgent._monitor_workers, PContext.close
 
     def look_for_the_last_word(agent, group):
         found = look(agent, group)
@@ -73,7 +74,14 @@ def launched(argv: list[str]) -> int:
             agent._remaining_restarts = 0
         return found
 
+    def close_once_saved(ranks, death_sig=None, timeout=PATIENCE_S + 30):
+        for one in ranks.subprocess_handlers.values():
+            if one.proc.poll() is None:
+                one.proc.send_signal(signal.SIGCONT)  # one that was stopped has to hear what it is told
+        close(ranks, death_sig, timeout)
+
     LocalElasticAgent._monitor_workers = look_for_the_last_word  # torchrun would start again what stopped as asked, or cannot be mended
+    PContext.close = close_once_saved  # after a failure torchrun would give a save in flight 30 seconds
 
     if TRAIN in argv:  # ranks start with these held back, until they can note them; for this process a thread without a task takes them
         threading.Thread(target=threading.Event().wait, daemon=True).start()

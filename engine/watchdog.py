@@ -217,7 +217,7 @@ class Watchdog:
             before += passed
             self.awake += min(passed, 2 * self.period)
             if any(self.rank in beat.late for beat in self.beats.values()):
-                os._exit(PEER)  # this rank is the one that hangs, as the others have told
+                errors.end(EngineError("PEER-HUNG", "this rank is the one that hangs, as the others have told", PEER), speaks=False)
             if late := self._late():
                 first = all(other in late or self.silence(other) > self.roll_call for other in range(self.rank))
                 error = EngineError("PEER-HUNG", self._describe(late), PEER)

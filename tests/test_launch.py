@@ -48,6 +48,25 @@ if kind in ("asked", "refused", "lost"):
         time.sleep(0.05)
     time.sleep(60 * rank)
     sys.exit({"asked": 75, "refused": 3, "lost": 5}[kind])
+if kind == "stopped":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    if rank == 0:
+        os.symlink(f"/proc/{os.getpid()}/stat", "stopped0")
+        os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(60)
+    while not os.path.exists("stopped0") or ") T " not in open("stopped0").read():
+        time.sleep(0.05)
+    sys.exit(6)
+if kind == "saving":
+    if rank == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as a rank on its way out, which waits for a save
+        open("saving0", "w").close()
+        time.sleep(35)
+        open("saved", "w").close()
+        sys.exit(5)
+    while not os.path.exists("saving0"):
+        time.sleep(0.05)
+    sys.exit(6)
 if kind == "places" and rank == 1:
     import pathlib, tempfile
     folder, = pathlib.Path(tempfile.gettempdir()).glob("meeting-*")
@@ -64,7 +83,7 @@ def launched(tmp_path_factory) -> dict[str, Any]:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}", "OMP_NUM_THREADS": "1"}
     environment.pop("LOGLEVEL", None)
     again = [*command[:3], "--max-restarts", "1", *command[3:]]
-    kinds = {**dict.fromkeys(("done", "numeric", "raise", "kill", "stop"), command), **dict.fromkeys(("asked", "refused", "lost"), again)}
+    kinds = {**dict.fromkeys(("done", "numeric", "raise", "kill", "stop", "stopped"), command), **dict.fromkeys(("asked", "refused", "lost"), again)}
     processes = {kind: subprocess.Popen([*start, kind], cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
                  for kind, start in kinds.items()}
     deadline = time.monotonic() + 60
@@ -79,7 +98,7 @@ def launched(tmp_path_factory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind, code, stderr", [
-    ("done", DONE, ""), ("numeric", NUMERIC, ""), ("stop", PREEMPTED, ""),
+    ("done", DONE, ""), ("numeric", NUMERIC, ""), ("stop", PREEMPTED, ""), ("stopped", NUMERIC, ""),
     ("raise", 1, "ValueError: toy"), ("kill", PEER, "SIGKILL"),
 ])
 def test_launch_returns_the_ranks_exit_code_and_adds_no_text_of_torchruns(launched, kind, code, stderr):
@@ -93,6 +112,14 @@ def test_what_a_restart_would_undo_or_cannot_mend_is_not_started_again(launched,
     """The other rank leaves with 75 each time, for torchrun tells it to stop: that is no wish of anybody's."""
     assert launched[kind].returncode == code, launched[kind].stderr
     assert len(list(launched["folder"].glob(f"{kind}*-0"))) == starts
+
+
+@pytest.mark.faults
+def test_a_rank_that_saves_has_longer_than_torchruns_thirty_seconds(tmp_path):
+    (tmp_path / "toy.py").write_text(TOY)
+    ended = subprocess.run([sys.executable, "-m", "engine.launch", "--standalone", "--nproc-per-node", "2", "-m", "toy", "saving"], cwd=tmp_path,
+                           env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", "OMP_NUM_THREADS": "1"}, timeout=120)
+    assert ended.returncode == NUMERIC and (tmp_path / "saved").exists()
 
 
 def test_where_there_are_no_files_in_memory_nodes_of_one_meet_in_a_file_of_this_users_alone(tmp_path):
