@@ -82,6 +82,6 @@ setup(
         "hub": hub,
         "parquet": parquet,
         "gpu": ["nvidia-ml-py"],
-        "dev": [*hub, *parquet, "pytest", "hypothesis", "ruff", "transformers", "peft"],  # the last two are references in tests
+        "dev": [*hub, *parquet, "pytest", "pytest-xdist", "hypothesis", "ruff", "transformers", "peft"],  # the last two are references in tests
     },
 )

@@ -179,6 +179,13 @@ def recipe(tiny: Path, tmp_path: Path) -> Callable[..., list[str]]:
     return arguments
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of pytest's two workers one takes all tests that start ranks or wait for a time, one after the other; they leave half a core or more idle."""
+    for item in items:
+        if {"ranks", "launch", "launched"} & set(item.fixturenames):
+            item.add_marker(pytest.mark.xdist_group("ranks"))
+
+
 class Ranks:
     """Forked processes that each call `main` as one rank of `size`; their output goes to `log`."""
 

@@ -7,7 +7,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source ./environment.sh dev
 export OMP_NUM_THREADS=1  # tests start up to four ranks on two cores, and bit equality needs one thread count throughout
-if [[ "${1:-}" == --faults ]]; then set -- -m faults "${@:2}"; fi
-if [[ "${1:-}" == --all ]]; then set -- -m "" "${@:2}"; fi
-if [[ "${1:-}" == --mutations ]]; then exec "$python" tests/mutations.py "${@:2}"; fi
-exec "$python" -m pytest tests -q "$@"
+workers="-n 2 --dist loadgroup"  # of pytest-xdist; one takes all tests that start ranks, see conftest.py; -n 0: everything in one process
+case "${1:-}" in
+  --faults) workers="" && set -- -m faults "${@:2}" ;;  # some measure how fast a run reacts, so nothing runs beside them
+  --all) workers="" && set -- -m "" "${@:2}" ;;
+  --mutations) exec "$python" tests/mutations.py "${@:2}" ;;
+esac
+exec "$python" -m pytest tests -q $workers "$@"
