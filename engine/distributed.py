@@ -136,7 +136,7 @@ def _meet(rank: int, size: int, timeout_s: float) -> dist.Store:
             missing = [other for other in range(size) if other != rank and not (own.store.check([own.key(other)]) if own else store.check([words[other]]))]
             raise EngineError("PEER-MISSING", f"{_address()}: rank {', '.join(map(str, missing or [0]))} of {size} did not come within {patience:g} s, "
                               f"{PATIENCE} × train.timeout_s; look at what became of it, or raise train.timeout_s", PEER)
-        time.sleep(pause := min(1.5 * pause, 0.5))
+        time.sleep(pause := min(1.5 * pause, max(0.05, size / 1000)))  # all ask one store
 
 
 def _store(holds: bool, size: int, patience: float) -> dist.TCPStore:

@@ -1,10 +1,11 @@
 """What the tests share: a tiny model with real parts, ragged rows, and a way to run training on several ranks.
 
-Ranks are forked from the test process: torch is imported once, so four gloo ranks start in a fraction of a second.
+Ranks are forked from the test process, which has imported all that they need: four gloo ranks start in a fraction of a second.
 """
 
 import ctypes
 import faulthandler
+import gc
 import json
 import os
 import resource
@@ -23,12 +24,14 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import numpy as np
 import pytest
 import torch
+import torch.distributed.optim
+import torch.utils.tensorboard
 
 torch.set_num_threads(1)  # no pool of threads, so forking is safe
 
 from forks import forked
 
-from engine import checkpoint, train
+from engine import blackbox, checkpoint, evaluate, export, report, rundir, saver, stragglers, train  # noqa: F401
 from engine.config import Data
 from engine.data import dataset
 from engine.data.formats import Message, Row
@@ -154,8 +157,10 @@ def tiny(tmp_path_factory) -> Path:
     folder.mkdir()
     text = folder.parent / "text.txt"
     text.write_text("\n".join(" ".join(row.values()) for row in ragged_rows(300)) + "\n### Instruction:\n### Input:\n### Response:\n" * 20)
+    rules = folder.parent / "rules.tsv"
+    rules.write_text("A\t20\n")  # a line's end is a space, as in the default's 240 KB of rules, which the package gguf reads byte by byte for seconds
     sentencepiece.SentencePieceTrainer.train(input=str(text), model_prefix=str(folder / "tokenizer"), vocab_size=340, byte_fallback=True,
-                                             model_type="bpe", minloglevel=2, num_threads=1)
+                                             model_type="bpe", normalization_rule_tsv=str(rules), minloglevel=2, num_threads=1)
     (folder / "tokenizer.vocab").unlink()
     (folder / "config.json").write_text(json.dumps({**TINY, "vocab_size": 340}))
     model = weights.build(folder, "random", 3, torch.float32, torch.float32, torch.device("cpu"))
@@ -177,6 +182,10 @@ def recipe(tiny: Path, tmp_path: Path) -> Callable[..., list[str]]:
         return [str(tmp_path / "recipe.yaml"), *(f"{key}={value}" for key, value in base.items())]
 
     return arguments
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # forks share these pages as long as nobody looks for garbage in them
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

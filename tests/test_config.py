@@ -208,7 +208,7 @@ def test_a_hostile_recipe_is_refused_at_once(tmp_path, what):
         found = message([str(path)])
         assert words in found and len(found) < 2000, found
 
-    held(refused, seconds=1.0, megabytes=100)
+    held(refused, seconds=3.0, megabytes=100)
 
 
 @pytest.mark.parametrize("text", ["${oc.env:SECRET}", "${oc.create:${oc.env:SECRET}}", "${nosuch:1}", "${run.name}", "x-${run.folder}",

@@ -12,7 +12,7 @@ from emulation import operators
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from engine import attention, bench, fused_attention, verify
+from engine import attention, bench, fused_attention, precision, verify
 from engine.attention import PackedAttention
 from engine.errors import BUG, USER, EngineError
 from engine.fused_attention import tile_list
@@ -46,6 +46,12 @@ def wide(tiny, tmp_path):
     (folder / "tokenizer.model").write_bytes((tiny / "tokenizer.model").read_bytes())
     weights.write_folder(folder, config, weights.untied(weights.build(folder, "random", 3, torch.float32, torch.float32, CPU)).items())
     return folder
+
+
+@pytest.fixture
+def multiplies_bf16(monkeypatch):
+    """As on a CPU that has the instructions; one without would compute in fp32, which the kernels refuse."""
+    monkeypatch.setattr(precision, "_cpu_multiplies_bf16", lambda: True)
 
 
 def inputs(tokens: int = sum(LENGTHS), dtype: torch.dtype = BF16) -> list[torch.Tensor]:
@@ -233,7 +239,7 @@ def test_the_kernels_turn_queries_and_keys(wide, monkeypatch):
             model(ids, ids, PackedAttention(LENGTHS, CPU, "sdpa"))
 
 
-def test_training_with_the_fused_path(trained, recipe, wide, tmp_path):
+def test_training_with_the_fused_path(multiplies_bf16, trained, recipe, wide, tmp_path):
     """Two ranks, gradient exchange, recomputation; against the same run by the reference."""
     losses = {}
     for path in ("fused", "reference"):
@@ -246,7 +252,7 @@ def test_training_with_the_fused_path(trained, recipe, wide, tmp_path):
 
 
 @pytest.mark.faults
-def test_verify_holds_on_the_fused_path(ranks, recipe, wide):
+def test_verify_holds_on_the_fused_path(multiplies_bf16, ranks, recipe, wide):
     packed = ("data.packing=true", "data.max_length=128", "train.global_batch=4")
     arguments = recipe(f"model.path={wide}", "train.attention=fused", "train.precision=bf16", *packed)
     started = ranks(1, lambda: verify.main(arguments))

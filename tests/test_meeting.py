@@ -126,7 +126,8 @@ def test_a_start_knows_nothing_of_those_before_it(ranks, agent):
 
 @pytest.mark.parametrize("variables, said", [
     ({"RANK": "1"}, "RANK=1 LOCAL_RANK=0 WORLD_SIZE=1"), ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2"), ({"RANK": "-1"}, "RANK=-1"),
-    ({"RANK": "one"}, "'one'"), ({"WORLD_SIZE": "two"}, "'two'"), ({"WORLD_SIZE": "2"}, "MASTER_ADDR"), ({"WORLD_SIZE": "2", "MASTER_ADDR": "host"}, "MASTER_PORT"),
+    ({"RANK": "one"}, "'one'"), ({"WORLD_SIZE": "two"}, "'two'"),
+    ({"WORLD_SIZE": "2"}, "MASTER_ADDR"), ({"WORLD_SIZE": "2", "MASTER_ADDR": "host"}, "MASTER_PORT"),
 ])
 def test_a_place_that_cannot_be_is_refused(monkeypatch, variables, said):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
