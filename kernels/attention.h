@@ -20,8 +20,7 @@
 
 namespace attention {
 
-constexpr int BLOCK = 64;      // tokens of a block, of queries as of keys
-constexpr int THREADS = 128;   // four warps, each of which owns 16 rows of a block
+constexpr int BLOCK = 64;  // tokens of a block, of queries as of keys
 
 enum Type : int32_t { BF16 = 0, FP16 = 1 };
 

@@ -14,9 +14,9 @@ namespace attention {
 
 template <class T, int C>
 struct GradQ {
-    static constexpr int STRIP = 32;  // of scores at once; more, and registers do not suffice
-    using B = Blocks<T, C, STRIP>;
-    static constexpr int LANES = THREADS, SHARED = 4 * B::BYTES, AT_ONCE = C == 64 ? 3 : 2;
+    static constexpr int PARTS = C == 64 ? 2 : 1, STRIP = C == 64 ? 16 : 32;  // of 16 rows to a warp; scores at once: as registers allow
+    using B = Blocks<T, C, STRIP, PARTS>;
+    static constexpr int LANES = B::LANES, SHARED = 4 * B::BYTES, AT_ONCE = C == 64 ? 4 : 2;
 
     SIMT static void run(Simt simt, const Params &p) {
         const Tile tile = p.tiles[simt.block_y()];
@@ -25,8 +25,8 @@ struct GradQ {
         const int head = simt.block_x(), warp = simt.warp();
         const int64_t stride = static_cast<int64_t>(p.heads) * C, own = place.first * stride + head * C;
         const Angles angles{p, place.first};
-        const Keys<T, C, B> keys(p, place, head);
-        const bool active = warp * WARP_ROWS < place.rows;
+        const Keys<T, C, B, BLOCK> keys(p, place, head);
+        const bool active = warp * B::WARP_ROWS < place.rows, whole = B::warp_row(simt) + B::WARP_ROWS - 16 < place.rows;  // any part, all parts
 
         // q and grad_out come by way of the stage that is not needed yet, out by way of the other.
         const uint32_t spare = keys.stage(simt, place.block + 1), busy = keys.stage(simt, place.block);
@@ -37,24 +37,24 @@ struct GradQ {
         B::template wait_and_rotate<0>(simt, spare, angles, place.rows);
         simt.barrier();
         typename B::Rows queries, grads;
-        float delta[2] = {0.f, 0.f}, lse[2];
+        float delta[2 * PARTS] = {}, lse[2 * PARTS];
         if (active) {
             B::read(simt, queries, spare);
             B::read(simt, grads, spare + B::BYTES);
             UNROLL
             for (int step = 0; step < B::STEPS; ++step) {
-                Fragment out;
-                simt.ldmatrix(out, B::left(simt, busy, B::warp_row(simt), 2 * step));
+                typename B::Step out;
+                B::read(simt, out, busy, step);
                 UNROLL
-                for (int i = 0; i < 4; ++i) {
-                    const float2 o = simt.unpack<T>(out[i]), g = simt.unpack<T>(grads[step][i]);
-                    delta[i % 2] += o.x * g.x + o.y * g.y;
+                for (int i = 0; i < 4 * PARTS; ++i) {
+                    const float2 o = simt.unpack<T>(out[i / 4][i % 4]), g = simt.unpack<T>(grads[step][i / 4][i % 4]);
+                    delta[i / 4 * 2 + i % 2] += o.x * g.x + o.y * g.y;
                 }
             }
         }
         const int64_t row = (static_cast<int64_t>(head) * p.tile_count + tile.slot + place.block) * BLOCK + B::warp_row(simt) + B::lane_row(simt);
         UNROLL
-        for (int half = 0; half < 2; ++half) {
+        for (int half = 0; half < 2 * PARTS; ++half) {
             delta[half] += simt.xor_lane(delta[half], 1);
             delta[half] += simt.xor_lane(delta[half], 2);
             if (B::lane_column(simt) == 0) p.delta[row + 8 * half] = delta[half];
@@ -80,13 +80,18 @@ struct GradQ {
                 UNROLL
                 for (int step = 0; step < B::STEPS; ++step) B::multiply_transposed(simt, slopes, grads[step], v, first, step, here);
                 UNROLL
-                for (int n = 0; n < STRIP / 8; ++n) {
-                    if (!has(here, 8 * n)) continue;
+                for (int part = 0; part < PARTS; ++part) {
                     UNROLL
-                    for (int i = 0; i < 4; ++i) {
-                        const int key = first + 8 * n + B::lane_column(simt) + i % 2, query = B::warp_row(simt) + B::lane_row(simt) + 8 * (i / 2);
-                        const bool hidden = diagonal && key > query;
-                        slopes[n][i] = hidden ? 0.f : simt.exp2(fmaf(scores[n][i], scale, -lse[i / 2])) * (slopes[n][i] - delta[i / 2]);
+                    for (int n = 0; n < STRIP / 8; ++n) {
+                        if (!B::has(here, part, 8 * n)) continue;
+                        UNROLL
+                        for (int i = 0; i < 4; ++i) {
+                            const int half = 2 * part + i / 2;  // of a part's rows: `lane_row`, and each 8 more
+                            const int key = first + 8 * n + B::lane_column(simt) + i % 2, query = B::warp_row(simt) + B::lane_row(simt) + 8 * half;
+                            const bool hidden = diagonal && key > query;
+                            float &slope = slopes[part][n][i];
+                            slope = hidden ? 0.f : simt.exp2(fmaf(scores[part][n][i], scale, -lse[half])) * (slope - delta[half]);
+                        }
                     }
                 }
                 B::multiply(simt, grad_q, slopes, k, first, here);
@@ -95,15 +100,13 @@ struct GradQ {
         for (int block = place.block; block >= 0; --block) {
             const uint32_t k = keys.next(simt, block);
             if (!active) continue;
-            if (block == place.block) take(k, (2 << warp) - 1, true);
+            const bool diagonal = block == place.block;
+            const auto sees = [&](int row, int column) { return row * 16 < place.rows && (!diagonal || column <= row); };
+            if (diagonal || !whole) take(k, B::pieces(warp, sees), diagonal);
             else take(k, ALL_PIECES, false);
         }
 
-        UNROLL
-        for (int n = 0; n < C / 8; ++n) {
-            UNROLL
-            for (int i = 0; i < 4; ++i) grad_q[n][i] *= p.scale;
-        }
+        multiply(grad_q, p.scale);
         B::rotate_back(simt, grad_q, angles, place.rows);
         simt.barrier();
         B::store(simt, grad_q, simt.shared(), static_cast<T *>(p.grad_q) + own, stride, place.rows);
@@ -112,10 +115,10 @@ struct GradQ {
 
 template <class T, int C>
 struct GradKV {
-    static constexpr int STRIP = C == 128 ? 32 : BLOCK;
-    using B = Blocks<T, C, STRIP>;
+    static constexpr int PARTS = C == 64 ? 2 : 1, STRIP = 32;
+    using B = Blocks<T, C, STRIP, PARTS>;
     static constexpr int LSE = BLOCK * 4, STAGE = 2 * B::BYTES + 2 * LSE;  // bytes: of a block's lse, and of delta; of a stage
-    static constexpr int LANES = THREADS, SHARED = 2 * B::BYTES + 2 * STAGE, AT_ONCE = 2;
+    static constexpr int LANES = B::LANES, SHARED = 2 * B::BYTES + 2 * STAGE, AT_ONCE = C == 64 ? 4 : 2;
 
     SIMT static void run(Simt simt, const Params &p) {
         const Tile tile = p.tiles[simt.block_y()];
@@ -126,7 +129,7 @@ struct GradKV {
         const T *q = static_cast<const T *>(p.q) + place.start * p.q_stride;
         const T *grad_out = static_cast<const T *>(p.grad_out) + place.start * stride;
         const Angles angles{p, place.first};
-        const bool active = warp * WARP_ROWS < place.rows;
+        const bool active = warp * B::WARP_ROWS < place.rows, whole = B::warp_row(simt) + B::WARP_ROWS - 16 < place.rows;  // any part, all parts
         const uint32_t keys = simt.shared(), values = keys + B::BYTES;
 
         // Steps: the blocks of queries from the diagonal on, for one query head after another.
@@ -166,34 +169,42 @@ struct GradKV {
                 clear(slopes);
                 UNROLL_BY(2)  // more, and registers do not suffice
                 for (int k = 0; k < B::STEPS; ++k) {
-                    Fragment rows;
-                    simt.ldmatrix(rows, B::left(simt, keys, B::warp_row(simt), 2 * k));
+                    typename B::Step rows;
+                    B::read(simt, rows, keys, k);
                     B::multiply_transposed(simt, scores, rows, queries, first, k, here);
                 }
                 UNROLL
                 for (int n = 0; n < STRIP / 8; ++n) {
-                    if (!has(here, 8 * n)) continue;
+                    if (!B::has_any(here, 8 * n)) continue;
                     const float2 lse = simt.load_shared8(lses + (first + 8 * n + B::lane_column(simt)) * 4);
                     UNROLL
-                    for (int i = 0; i < 4; ++i) {
-                        const int query = first + 8 * n + B::lane_column(simt) + i % 2, key = B::warp_row(simt) + B::lane_row(simt) + 8 * (i / 2);
-                        const bool hidden = diagonal && key > query;
-                        scores[n][i] = hidden ? 0.f : simt.exp2(fmaf(scores[n][i], scale, -(i % 2 ? lse.y : lse.x) * LOG2_E));
+                    for (int part = 0; part < PARTS; ++part) {
+                        if (!B::has(here, part, 8 * n)) continue;
+                        UNROLL
+                        for (int i = 0; i < 4; ++i) {
+                            const int query = first + 8 * n + B::lane_column(simt) + i % 2, key = B::warp_row(simt) + B::lane_row(simt) + 16 * part + i / 2 * 8;
+                            const bool hidden = diagonal && key > query;
+                            scores[part][n][i] = hidden ? 0.f : simt.exp2(fmaf(scores[part][n][i], scale, -(i % 2 ? lse.y : lse.x) * LOG2_E));
+                        }
                     }
                 }
                 B::multiply(simt, grad_v, scores, grads, first, here);
                 UNROLL_BY(2)  // more, and registers do not suffice
                 for (int k = 0; k < B::STEPS; ++k) {
-                    Fragment rows;
-                    simt.ldmatrix(rows, B::left(simt, values, B::warp_row(simt), 2 * k));
+                    typename B::Step rows;
+                    B::read(simt, rows, values, k);
                     B::multiply_transposed(simt, slopes, rows, grads, first, k, here);
                 }
                 UNROLL
                 for (int n = 0; n < STRIP / 8; ++n) {
-                    if (!has(here, 8 * n)) continue;
+                    if (!B::has_any(here, 8 * n)) continue;
                     const float2 delta = simt.load_shared8(deltas + (first + 8 * n + B::lane_column(simt)) * 4);
                     UNROLL
-                    for (int i = 0; i < 4; ++i) slopes[n][i] = scores[n][i] * (slopes[n][i] - (i % 2 ? delta.y : delta.x));
+                    for (int part = 0; part < PARTS; ++part) {
+                        if (!B::has(here, part, 8 * n)) continue;
+                        UNROLL
+                        for (int i = 0; i < 4; ++i) slopes[part][n][i] = scores[part][n][i] * (slopes[part][n][i] - (i % 2 ? delta.y : delta.x));
+                    }
                 }
                 B::multiply(simt, grad_k, slopes, queries, first, here);
             }
@@ -205,15 +216,12 @@ struct GradKV {
             if (step + 1 < steps) load_queries(step + 1);
             if (!active) continue;
             const bool diagonal = block == place.block;  // queries before the warp's keys do not see them
-            if (diagonal || rows < BLOCK) take(stage(step), (1 << (rows + 15) / 16) - (1 << (diagonal ? warp : 0)), diagonal);
+            const auto sees = [&](int row, int column) { return row * 16 < place.rows && column * 16 < rows && (!diagonal || row <= column); };
+            if (diagonal || rows < BLOCK || !whole) take(stage(step), B::pieces(warp, sees), diagonal);
             else take(stage(step), ALL_PIECES, false);
         }
 
-        UNROLL
-        for (int n = 0; n < C / 8; ++n) {
-            UNROLL
-            for (int i = 0; i < 4; ++i) grad_k[n][i] *= p.scale;
-        }
+        multiply(grad_k, p.scale);
         B::rotate_back(simt, grad_k, angles, place.rows);
         simt.barrier();
         const int64_t own = place.first * kv_stride + kv_head * C;

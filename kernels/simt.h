@@ -44,9 +44,9 @@ struct Simt {
     SIMT int block_x() const { return blockIdx.x; }
     SIMT int block_y() const { return blockIdx.y; }
 
-    // Address of the block's dynamic shared memory, 128-byte aligned.
+    // Address of the block's dynamic shared memory, 256-byte aligned.
     SIMT uint32_t shared() const {
-        extern __shared__ __align__(128) unsigned char memory[];
+        extern __shared__ __align__(256) unsigned char memory[];
         return static_cast<uint32_t>(__cvta_generic_to_shared(memory));
     }
 
