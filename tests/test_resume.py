@@ -1,5 +1,6 @@
 """Invariant 6: a run killed at any moment and started again ends bit-identical to one that was left alone."""
 
+import ctypes
 import hashlib
 import json
 import os
@@ -223,6 +224,7 @@ def test_a_resumed_run_holds_no_more_than_one_that_was_not_stopped(recipe, ranks
 
         def step(self, number, scalars):
             log_step(self, number, scalars)
+            ctypes.CDLL(None).malloc_trim(0)  # what is resident is then what is held
             with measured.open("a") as file:
                 file.write(f"{stop} {number} {os.environ['RANK']} {status('VmRSS')} {status('VmHWM')}\n")
             if stop and number == 1:
@@ -243,7 +245,7 @@ def test_a_resumed_run_holds_no_more_than_one_that_was_not_stopped(recipe, ranks
     for rank in range(size):
         (fresh, fresh_peak), (resumed, peak) = found[True, 1, rank], found[False, 3, rank]
         print(f"rank {rank}: {fresh:.0f} MB after a first step, {fresh_peak:.0f} at most; of a resume {resumed:.0f}, {peak:.0f} at most")
-        assert resumed < fresh + 20 and peak < fresh_peak + 20
+        assert resumed < fresh + 40 and peak < fresh_peak + 40, "half of the weights, or of a rank's moments"
 
 
 def status(name: str) -> float:
