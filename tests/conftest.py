@@ -188,6 +188,7 @@ def pytest_collection_finish() -> None:
     gc.freeze()  # forks share these pages as long as nobody looks for garbage in them
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of pytest's two workers one takes all tests that start ranks or wait for a time, one after the other; they leave half a core or more idle."""
     for item in items:

@@ -234,7 +234,7 @@ def test_a_run_that_fails_gives_the_save_in_flight_some_time_and_no_more(tmp_pat
 FAULTS = {"rank 0 fails": (0, PEER, BUG), "another rank stands still": (1, -signal.SIGKILL, PEER), "another rank fails": (1, BUG, PEER)}
 
 
-@pytest.mark.parametrize("fault", [*list(FAULTS)[:2], pytest.param(list(FAULTS)[2], marks=pytest.mark.faults)])
+@pytest.mark.parametrize("fault", [pytest.param(fault, marks=[pytest.mark.faults] * ("fails" in fault)) for fault in FAULTS])
 def test_a_failure_costs_no_save_that_is_in_flight_and_peers_do_not_wait_for_it(recipe, ranks, tmp_path, fault):
     """The disk takes seven seconds for what was taken before the fault; by then the peers are long gone, and the cause is written down."""
     since, run = tmp_path / "since", tmp_path / "runs/run"
