@@ -6,6 +6,7 @@ Written to a temporary folder, fsynced, renamed, the parent fsynced, read again 
 removed. Only a checkpoint whose every byte agrees with its manifest is loaded. There is no pickle in it.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -33,6 +34,7 @@ NAME = re.compile(r"step-([0-9]{9})")
 MANIFEST = "manifest.json"
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 FORMAT = 1
+OF_THE_MACHINE = {errno.EACCES, errno.EPERM, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # why a whole file may not be read
 BOXES = "blackbox"  # the folder beside that of checkpoints where one more may be held
 
 
@@ -175,7 +177,8 @@ def damage(path: Path) -> str | None:
     """What keeps a checkpoint from being whole, or None.
 
     Raises:
-        EngineError: a link stands where a file of its own is expected, or a newer engine wrote it: passing over it would throw its steps away.
+        EngineError: a link stands where a file of its own is expected, or a newer engine wrote it: passing over it would throw its steps away; or this
+            machine cannot read it now.
     """
     try:
         for name in ("", MANIFEST, *FILES):
@@ -202,6 +205,9 @@ def damage(path: Path) -> str | None:
             if (found := _sha256(path / name)) != files[name]["sha256"]:
                 return f"{name} has SHA-256 {found[:12]}…, the manifest says {files[name]['sha256'][:12]}…"
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
+            raise EngineError("ENVIRONMENT-CHECKPOINT", f"{path}: cannot be read now ({error}), which says nothing of what it holds; nothing was set aside: "
+                              "look at its owner, the file system and the machine's limits, and start again", ENVIRONMENT) from error
         return f"cannot be read: {error}"
     return None
 

@@ -29,6 +29,8 @@ SECURITY = 7  # refused on purpose
 BUG = 70
 PREEMPTED = 75  # told to stop, saved, may be started again
 
+LAUNCHER = "ENGINE_LAUNCHER"  # the process of launch.py, to its ranks
+
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}  # the machine's answer, no bug
 
 
@@ -72,6 +74,8 @@ def run(main: Callable[[list[str]], int | None], needs_reader: bool = True) -> N
     prepare(needs_reader)
     if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun: its ranks do not outlive it
         die_with_parent()
+        if os.environ.pop(LAUNCHER, str(os.getppid())) != str(os.getppid()):  # it was killed before
+            os._exit(PEER)
     try:
         code = main(sys.argv[1:]) or DONE
     except EngineError as error:

@@ -8,7 +8,6 @@ prompt, so that engine.generate asks as training did, and which reports the comp
 """
 
 import json
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -28,7 +27,7 @@ from engine.errors import CHECKPOINT, ENVIRONMENT, EngineError
 from engine.hub import Base
 from engine.models import weights
 from engine.precision import DTYPES, Precision
-from engine.publish import published
+from engine.publish import published, remove
 
 NOTE, GENERATION = "engine.json", "generation_config.json"
 NOTED = {"template": str, "system": str | None, "max_length": int}
@@ -191,9 +190,13 @@ def read_model(path: Path, dtype: str, arithmetic: torch.dtype, device: torch.de
     """What `write_model` wrote, with its weights in `dtype`; a GGUF file by way of a folder, as a user would who converts it back."""
     if path.is_dir():
         return weights.build(path, "pretrained", 0, DTYPES[dtype], arithmetic, device).requires_grad_(False)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        gguf_in.to_folder(path, Path(folder) / "model", dtype)
-        return read_model(Path(folder) / "model", dtype, arithmetic, device)
+    back = path.with_name(f"{path.name}-back")  # a name that the next one to come here finds, where this one is killed
+    remove(back)
+    try:
+        gguf_in.to_folder(path, back, dtype)
+        return read_model(back, dtype, arithmetic, device)
+    finally:
+        remove(back)
 
 
 @contextmanager

@@ -7,15 +7,16 @@ may import torch.distributed beside distributed.py.
 import logging
 import os
 import signal
+import subprocess
 import tempfile
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from engine import config
-from engine.errors import DONE, ENVIRONMENT, PEER, PREEMPTED, EngineError, run
+from engine.errors import DONE, ENVIRONMENT, LAUNCHER, PEER, PREEMPTED, EngineError, run
 from engine.signals import StopRequest
 
 TRAIN = "engine.train"
@@ -32,8 +33,8 @@ def main(argv: list[str]) -> int:
     # SIGINT ignored, which a request to stop shall not be.
     sent_on = [*StopRequest.SIGNALS, *(one for one in (signal.SIGHUP, signal.SIGQUIT) if signal.getsignal(one) != signal.SIG_IGN)]
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(one.name for one in sent_on))
-    for one in StopRequest.SIGNALS:  # until there are ranks
-        signal.signal(one, lambda *_: os._exit(PREEMPTED))
+    os.environ[LAUNCHER] = str(os.getpid())
+    leave_when_asked()
 
     if "--standalone" not in argv:
         return launched(argv)
@@ -42,6 +43,26 @@ def main(argv: list[str]) -> int:
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # ranks meet at one of them, see distributed.py
         return launched([*argv[:at], "--rdzv-backend=c10d", "--rdzv-conf=store_type=file", f"--rdzv-endpoint={path}", "--local-addr=127.0.0.1",
                          *argv[at + 1 :]])
+
+
+def leave_when_asked() -> None:
+    """Until torchrun has ranks, and handlers of its own. A thread listens too: Python runs handlers between two calls of its own, and torch may
+    wait for other nodes in one, for minutes."""
+
+    def leave(*_: object) -> None:
+        os._exit(PREEMPTED)
+
+    def listen() -> None:
+        while number := os.read(reads, 1):
+            if signal.getsignal(number[0]) is leave:
+                leave()
+
+    for one in StopRequest.SIGNALS:
+        signal.signal(one, leave)
+    reads, writes = os.pipe()
+    os.set_blocking(writes, False)
+    signal.set_wakeup_fd(writes)
+    threading.Thread(target=listen, daemon=True).start()
 
 
 @contextmanager
@@ -74,10 +95,16 @@ def launched(argv: list[str]) -> int:
             agent._remaining_restarts = 0
         return found
 
-    def close_once_saved(ranks, death_sig=None, timeout=PATIENCE_S + 30):
-        for one in ranks.subprocess_handlers.values():
-            if one.proc.poll() is None:
-                one.proc.send_signal(signal.SIGCONT)  # one that was stopped has to hear what it is told
+    def close_once_saved(ranks, death_sig=None, timeout=0):
+        timeout, left = max(timeout, PATIENCE_S + 30), [one.proc for one in ranks.subprocess_handlers.values() if one.proc.poll() is None]
+        if death_sig and vars(ranks).pop("have_lost_one", False):  # as they know since; somebody's first request to stop shall not be their second
+            for process in left:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout)
+        if death_sig is None:
+            ranks.have_lost_one = True
+            for process in left:
+                process.send_signal(signal.SIGCONT)  # one that was stopped has to hear what it is told
         close(ranks, death_sig, timeout)
 
     LocalElasticAgent._monitor_workers = look_for_the_last_word  # torchrun would start again what stopped as asked, or cannot be mended
@@ -125,7 +152,7 @@ def code_after(signum: int, codes: list[int | None]) -> int:
         return DONE
     if all(code == -signum for code in codes):  # it came before they could note it: there was nothing to save
         return PREEMPTED
-    return next((code for code in codes if code is not None and code > 0 and code != PEER), 128 + signum)
+    return next((code for code in codes if code is not None and code > 0 and code != PEER), PEER if PEER in codes else 128 + signum)
 
 
 def exit_codes_of_ranks(error: BaseException) -> list[int | None]:

@@ -54,14 +54,14 @@ class Saver:
 
     def finish(self, error: BaseException) -> None:
         """Waits for the save in flight, for a while: `error` ends the run, and what was taken before it is as good as ever."""
-        if not self.thread:
+        if not (thread := self.thread):  # held, for this may be the watchdog's thread, and the loop's lets go of it
             return
-        self.thread.join(DISK_S)
+        thread.join(DISK_S)
         of_disk = isinstance(error, EngineError) and error.exit_code == ENVIRONMENT and error.name != "ENVIRONMENT-MEMORY"
-        if self.thread.is_alive() and not of_disk:
+        if thread.is_alive() and not of_disk:
             print(f"the run has failed; finishing the checkpoint in flight, for {PATIENCE_S:g} s at most; a second signal leaves at once", file=sys.stderr,
                   flush=True)
-            self.thread.join(PATIENCE_S)
+            thread.join(PATIENCE_S)
 
     def is_due(self) -> bool:
         """Whether it is time for a save by the clock and none is in flight; of rank 0, which tells the others.

@@ -37,7 +37,7 @@ class StopRequest:
         self.asked = True
         if self.at_once:
             if rank_in_launch() == 0:
-                os.write(2, b"stopped as asked before the ranks had met: there is nothing to save\n")  # print may be at work below
+                os.write(2, b"told to stop before the ranks had met: there is nothing to save\n")  # print may be at work below
             raise SystemExit(PREEMPTED)
 
     def _listen(self) -> None:

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from engine import errors
@@ -24,6 +25,7 @@ PERIOD = 0.5  # seconds between beats of up to RANKS ranks; of more, in proporti
 RANKS = 64
 ALL_WAIT = 5  # times `timeout_s` after which an exchange that every rank is in is lost: nobody is late then, so a network or a device is
 IN_VAIN = "waited in vain"
+NO_BEAT = (ValueError, TypeError, LookupError, OverflowError, RecursionError)  # what comes of a text that no rank wrote
 
 
 @dataclass
@@ -115,7 +117,7 @@ def exchange() -> Iterator[None]:
 @dataclass
 class Beat:
     """What a rank tells. `age`: seconds since its last progress; `left`: why it leaves, `cause` if for a reason of its own; `late`: ranks
-    that it has waited for in vain."""
+    that it has waited for in vain; `process`: on which machine it is which process."""
 
     number: int
     step: int
@@ -127,12 +129,14 @@ class Beat:
     left: str = ""
     cause: bool = False
     late: tuple[int, ...] = ()
+    process: tuple[str, int] = ("", 0)
 
     def __post_init__(self) -> None:  # anyone who reaches the port can write it
         for name, kind in (("number", int), ("step", int), ("phase", str), ("exchanges", int), ("marks", int), ("age", float), ("stack", str), ("left", str)):
             if not isinstance(getattr(self, name), kind):
                 raise TypeError(name)
         self.late = tuple(int(rank) for rank in self.late)
+        self.process = str(self.process[0]), int(self.process[1])
         self.phase, self.stack, self.left = self.phase[:80], self.stack[:1000], self.left[:1000]
 
 
@@ -151,9 +155,11 @@ class Watchdog:
         self.others = [other for other in range(size) if other != rank]
         self.beats = {other: Beat(0, 0, "starting", 0, 0, 0.0) for other in self.others}
         self.number, self.left, self.cause, self.late, self.deaf = 0, "", False, (), False
+        self.process = _machine(), os.getpid()
         self.stopped, self.hurry, self.sent = threading.Event(), threading.Event(), threading.Event()
         self.awake = 0.0  # seconds that this process has run: after it was stopped itself, silence is not the others' fault
         self.heard = dict.fromkeys(self.others, 0.0)  # when, by that clock
+        self.dead: dict[int, float] = {}  # whose process is no more, and since when that is known
         self.answered = 0.0
         self.main = threading.main_thread().ident
         vars(now).update(vars(Progress(since=time.monotonic())))
@@ -172,7 +178,7 @@ class Watchdog:
     def tell(self) -> None:
         self.number += 1
         stack = _stack(self.main) if now.age > self.timeout_s / 4 else ""
-        beat = Beat(self.number, now.step, now.phase, now.exchanges, now.marks, now.age, stack, self.left, self.cause, self.late)
+        beat = Beat(self.number, now.step, now.phase, now.exchanges, now.marks, now.age, stack, self.left, self.cause, self.late, self.process)
         self.store.set(self.key(self.rank), json.dumps(asdict(beat)))
         if beat.left:
             self.sent.set()
@@ -203,7 +209,7 @@ class Watchdog:
                 return
             self.answered = self.awake
             for other, text in zip(self.others, found, strict=True):
-                with suppress(ValueError, TypeError, RecursionError):
+                with suppress(*NO_BEAT):
                     beat = Beat(**json.loads(text))
                     if beat.number != self.beats[other].number:
                         self.beats[other], self.heard[other] = beat, self.awake
@@ -216,6 +222,7 @@ class Watchdog:
             passed = time.monotonic() - before
             before += passed
             self.awake += min(passed, 2 * self.period)
+            self.dead |= {other: self.awake for other, beat in self.beats.items() if other not in self.dead and self._is_dead(beat)}
             if any(self.rank in beat.late for beat in self.beats.values()):
                 errors.end(EngineError("PEER-HUNG", "this rank is the one that hangs, as the others have told", PEER), speaks=False)
             if late := self._late():
@@ -228,11 +235,25 @@ class Watchdog:
                                     "look at both (dmesg, nvidia-smi), and start again, which resumes from the last checkpoint; or raise train.timeout_s", PEER)
                 self.leave(error.text, True)
                 errors.end(error, speaks=True)
-            # An exchange with one that has left does not end. Of a ring its neighbours alone are told by the connection.
-            left = self.deaf and self.host is not None or any(beat.left for beat in self.beats.values())
+            # An exchange with one that has left, or was killed, does not end. Of gloo's ring its neighbours alone are told by the connection, of
+            # NCCL's nobody.
+            left = self.deaf and self.host is not None or self.dead or any(beat.left for beat in self.beats.values())
             blocked = blocked + passed if left and now.inside and now.age > self.period else 0.0
             if blocked > 2 * self.period and not self.left:
                 errors.end(self.lost("an exchange does not end"), speaks=True)
+
+    def _is_dead(self, beat: Beat) -> bool:
+        """Whether it is of a process of this machine that is no more. One that is stopped is."""
+        machine, process = beat.process
+        if not machine or machine != self.process[0] or process <= 0:
+            return False
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return True
+        except (OSError, OverflowError):  # another user's, or no number of a process
+            pass
+        return False
 
     def silence(self, other: int) -> float:
         return self.awake - self.heard[other]
@@ -241,7 +262,7 @@ class Watchdog:
         """Whom this rank has waited for too long."""
         if self.left:
             return []
-        if told := {rank for beat in self.beats.values() if beat.left == IN_VAIN for rank in beat.late}:
+        if told := {rank for beat in self.beats.values() if beat.left == IN_VAIN for rank in beat.late if rank in self.beats}:
             return sorted(told)
         if now.age <= self.timeout_s:
             return []
@@ -292,14 +313,21 @@ class Watchdog:
         return "; ".join(f"rank {other} left: {beat.left}" for other, beat in self.beats.items() if beat.left and beat.cause)
 
     def _silent(self) -> list[int]:
-        """Those that missed three beats when the store last answered and had not said why, as this rank or another found."""
+        """Those that were dead, or had missed three beats, when the store last answered and had not said why, as this rank or another found."""
         named = {rank for beat in self.beats.values() for rank in beat.late}
-        return [other for other in self.others if other in named or
-                (self.answered - self.heard[other] > 2.5 * self.period and not self.beats[other].left)]
+        return [other for other in self.others if other in named or not self.beats[other].left and
+                (self.answered - self.heard[other] > 2.5 * self.period or self.answered > self.dead.get(other, self.answered))]
 
     def stop(self) -> None:
         now.watched = False
         self.stopped.set()
+
+
+def _machine() -> str:
+    """What two processes have in common only where each sees the other under its number: a start of a machine, and a space of processes."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    return ""
 
 
 def _stack(thread: int) -> str:

@@ -190,7 +190,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of pytest's two workers one takes all tests that start ranks or wait for a time, one after the other; they leave half a core or more idle."""
+    """Of pytest's two workers one takes the tests that start ranks, one after the other: many wait for a time, which leaves a core to the rest."""
     for item in items:
         if {"ranks", "launch", "launched"} & set(item.fixturenames):
             item.add_marker(pytest.mark.xdist_group("ranks"))

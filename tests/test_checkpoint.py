@@ -1,5 +1,6 @@
 """Invariant 5: only a checkpoint whose every byte is as written is loaded, and nothing is ever unpickled."""
 
+import errno
 import json
 import os
 import pickle
@@ -14,7 +15,7 @@ from test_resume import stop_after
 
 from engine import checkpoint, train
 from engine.checkpoint import FILES, Snapshot
-from engine.errors import CHECKPOINT, PREEMPTED, EngineError
+from engine.errors import CHECKPOINT, ENVIRONMENT, PREEMPTED, EngineError
 from engine.models import weights
 
 
@@ -64,6 +65,16 @@ def test_history_without_a_whole_checkpoint_is_no_fresh_start(folder):
     with pytest.raises(EngineError, match="no checkpoint is whole") as caught:
         checkpoint.newest_whole(folder)
     assert caught.value.exit_code == CHECKPOINT
+
+
+def test_what_the_machine_cannot_read_now_is_not_taken_for_damage(folder, monkeypatch):
+    def refuse(path: Path) -> str:
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    monkeypatch.setattr(checkpoint, "_sha256", refuse)
+    with pytest.raises(EngineError, match="says nothing of what it holds") as caught:
+        checkpoint.newest_whole(folder)
+    assert caught.value.exit_code == ENVIRONMENT
 
 
 def test_a_manifest_of_another_step_is_no_checkpoint(folder):

@@ -29,6 +29,13 @@ def leave_as_command(argv: list[str]) -> int:
     return errors.BUG
 
 
+def test_a_rank_whose_launcher_is_gone_before_it_has_begun_goes_too():
+    for launcher, code in ((os.getpid(), DONE), (os.getpid() + 1, PEER)):
+        rank = subprocess.run([sys.executable, "-m", "engine.train", "--help"], cwd=ROOT, capture_output=True,
+                              env={**os.environ, errors.LAUNCHER: str(launcher), "TORCHELASTIC_RUN_ID": "none"})
+        assert rank.returncode == code
+
+
 @pytest.fixture
 def reference(recipe, trained, tmp_path) -> dict[str, str]:
     trained(1, recipe(*SHORT, name="reference"))

@@ -247,6 +247,14 @@ def test_gguf_is_read_by_transformers_with_the_same_logits(blocks_of_32, tmp_pat
         assert (expected - exact).abs().max() <= {"fp32": 1e-5, "fp16": 0.005, "bf16": 0.05, "q8_0": 0.1}[dtype] * exact.std()
 
 
+def test_what_a_reader_that_was_killed_left_goes(blocks_of_32, tmp_path):
+    convert.main([str(blocks_of_32), str(tmp_path / "out.gguf"), "--dtype", "fp32"])
+    (left := tmp_path / "out.gguf-back").mkdir()
+    (left / "model.safetensors").write_bytes(b"x")
+    assert torch.equal(logits(export.read_model(tmp_path / "out.gguf", "fp32", torch.float32, CPU)), logits(load(blocks_of_32)))
+    assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
+
+
 def test_what_gguf_cannot_say_is_refused_by_name(tiny, tmp_path):
     config = json.loads((tiny / "config.json").read_text())
     tensors = load_file(tiny / "model.safetensors")

@@ -3,9 +3,11 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,16 @@ if kind == "stopped":
     while not os.path.exists("stopped0") or ") T " not in open("stopped0").read():
         time.sleep(0.05)
     sys.exit(6)
+if kind == "asked late":
+    heard = []
+    signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
+    open(f"asked late{rank}", "w").close()
+    if rank == 0:
+        time.sleep(6)  # for a save, once the other has failed
+        sys.exit(5 if len(heard) == 1 else 143)
+    while not os.path.exists("asked late0"):
+        time.sleep(0.05)
+    sys.exit(6)
 if kind == "saving":
     if rank == 0:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as a rank on its way out, which waits for a save
@@ -83,13 +95,18 @@ def launched(tmp_path_factory) -> dict[str, Any]:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}", "OMP_NUM_THREADS": "1"}
     environment.pop("LOGLEVEL", None)
     again = [*command[:3], "--max-restarts", "1", *command[3:]]
-    kinds = {**dict.fromkeys(("done", "numeric", "raise", "kill", "stop", "stopped"), command), **dict.fromkeys(("asked", "refused", "lost"), again)}
+    once, twice = ("done", "numeric", "raise", "kill", "stop", "stopped", "asked late"), ("asked", "refused", "lost")
+    kinds = {**dict.fromkeys(once, command), **dict.fromkeys(twice, again)}
     processes = {kind: subprocess.Popen([*start, kind], cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
                  for kind, start in kinds.items()}
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not all((folder / f"ready{rank}").exists() for rank in (0, 1)) and time.monotonic() < deadline:
         time.sleep(0.05)
     processes["stop"].send_signal(signal.SIGTERM)
+    while not (folder / "asked late1").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(2)
+    processes["asked late"].send_signal(signal.SIGTERM)
     ended = {"folder": folder}
     for kind, process in processes.items():
         out, err = process.communicate(timeout=60)
@@ -98,7 +115,7 @@ def launched(tmp_path_factory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind, code, stderr", [
-    ("done", DONE, ""), ("numeric", NUMERIC, ""), ("stop", PREEMPTED, ""), ("stopped", NUMERIC, ""),
+    ("done", DONE, ""), ("numeric", NUMERIC, ""), ("stop", PREEMPTED, ""), ("stopped", NUMERIC, ""), ("asked late", NUMERIC, ""),
     ("raise", 1, "ValueError: toy"), ("kill", PEER, "SIGKILL"),
 ])
 def test_launch_returns_the_ranks_exit_code_and_adds_no_text_of_torchruns(launched, kind, code, stderr):
@@ -114,6 +131,27 @@ def test_what_a_restart_would_undo_or_cannot_mend_is_not_started_again(launched,
     assert len(list(launched["folder"].glob(f"{kind}*-0"))) == starts
 
 
+@pytest.mark.xdist_group("ranks")
+def test_a_launch_that_waits_for_another_node_obeys_a_stop(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    where = ["--nnodes", "2", "--node-rank", "0", "--master-addr", "127.0.0.1", "--master-port", str(port), "--nproc-per-node", "1"]
+    waits = subprocess.Popen([sys.executable, "-m", "engine.launch", *where, "-m", "toy", "done"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    while True:
+        with socket.socket() as probe, suppress(ConnectionRefusedError):
+            probe.connect(("127.0.0.1", port))
+            break
+        assert waits.poll() is None
+        time.sleep(0.1)
+    time.sleep(0.5)
+    waits.terminate()
+    try:
+        assert waits.wait(5) == PREEMPTED
+    finally:
+        waits.kill()
+
+
 @pytest.mark.faults
 def test_a_rank_that_saves_has_longer_than_torchruns_thirty_seconds(tmp_path):
     (tmp_path / "toy.py").write_text(TOY)
@@ -122,6 +160,7 @@ def test_a_rank_that_saves_has_longer_than_torchruns_thirty_seconds(tmp_path):
     assert ended.returncode == NUMERIC and (tmp_path / "saved").exists()
 
 
+@pytest.mark.xdist_group("ranks")
 def test_where_there_are_no_files_in_memory_nodes_of_one_meet_in_a_file_of_this_users_alone(tmp_path):
     """macOS has no memfd_create and no /proc."""
     (tmp_path / "toy.py").write_text(TOY)
@@ -159,7 +198,7 @@ def test_a_rank_killed_first_is_the_cause_whatever_the_others_said():
 
 @pytest.mark.parametrize("codes, code", [
     ([], PREEMPTED), ([None, None], 143), ([-15, -15], PREEMPTED), ([143, 143], 143), ([-9, -9], 143), ([0, None], 143),
-    ([0, 0], DONE), ([0, PREEMPTED], PREEMPTED), ([PEER, PREEMPTED], PREEMPTED),
+    ([0, 0], DONE), ([0, PREEMPTED], PREEMPTED), ([PEER, PREEMPTED], PREEMPTED), ([PEER, PEER], PEER), ([-9, PEER], PEER),
 ])
 def test_a_stopped_launch_returns_what_the_ranks_returned(codes, code):
     assert code_after(signal.SIGTERM, codes) == code

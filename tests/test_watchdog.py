@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import torch.distributed
 from conftest import Ranks, ragged_rows, write_rows
 from test_resume import FULL, LONG, result, steps_done
 
-from engine import checkpoint, distributed, errors, evaluate, export, loss, optim, publish, stragglers, train
+from engine import checkpoint, distributed, errors, evaluate, export, loss, optim, publish, stragglers, train, watchdog
 from engine.errors import BUG, ENVIRONMENT, PEER
 from engine.models import weights
 
@@ -113,6 +114,35 @@ def test_a_killed_rank_is_named_by_each_of_the_others_within_five_seconds(faulte
     assert all("without a word" in line for line in said)
     note = json.loads((tmp_path / "runs/run/last_error.json").read_text())
     assert note["exit_code"] == PEER and f"rank {rank} is gone" in note["message"]
+
+
+def test_a_killed_rank_is_named_though_no_connection_tells(ranks, recipe, tmp_path):
+    """As with NCCL: an exchange with a dead rank neither ends nor fails."""
+    since = tmp_path / "since"
+
+    def main() -> None:
+        on_call(0, torch.distributed, "all_reduce", 4, stuck)
+        on_call(1, torch.distributed, "all_reduce", 4, here(kill_self, since))
+        command(recipe(*ENDLESS))
+
+    codes, seconds = ends(started := ranks(2, main), since)
+    assert codes == [PEER, -9] and seconds[0] < 5, (seconds, started.log.read_text())
+    assert "rank 0 lost the others in step 4, after backward: rank 1 is gone without a word" in started.log.read_text()
+
+
+def test_a_beat_that_no_rank_wrote_is_no_beat():
+    """Whoever reaches the port can write one."""
+    told = watchdog.Watchdog(torch.distributed.HashStore(), 0, 2, None, 10.0)
+    plain = {"number": 1, "step": 0, "phase": "", "exchanges": 0, "marks": 0, "age": 0.0}
+    for wrong in ({"number": "one"}, {"late": 1}, {"late": [1e400]}, {"process": []}, {"process": {}}, {"process": ["", "x"]}, {"stack": 1}):
+        with pytest.raises(watchdog.NO_BEAT):
+            watchdog.Beat(**{**plain, **wrong})
+    for late, process in (([99, 0, -1], ("", 0)), ([1], (told.process[0], 10**30)), ([1], (told.process[0], -1))):
+        told.beats[1] = watchdog.Beat(**plain, left=watchdog.IN_VAIN, late=late, process=process)
+        assert told._late() == ([1] if 1 in late else []) and not told._is_dead(told.beats[1])
+    (gone := subprocess.Popen(["true"])).wait()
+    assert told._is_dead(watchdog.Beat(**plain, process=(told.process[0], gone.pid)))
+    assert not told._is_dead(watchdog.Beat(**plain, process=("another machine", gone.pid)))
 
 
 def fail() -> None:
