@@ -188,14 +188,6 @@ def pytest_collection_finish() -> None:
     gc.freeze()  # forks share these pages as long as nobody looks for garbage in them
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of pytest's two workers one takes the tests that start ranks, one after the other: many wait for a time, which leaves a core to the rest."""
-    for item in items:
-        if {"ranks", "launch", "launched"} & set(item.fixturenames):
-            item.add_marker(pytest.mark.xdist_group("ranks"))
-
-
 class Ranks:
     """Forked processes that each call `main` as one rank of `size`; their output goes to `log`."""
 

@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source ./environment.sh dev
 export OMP_NUM_THREADS=1  # tests start up to four ranks on two cores, and bit equality needs one thread count throughout
-workers="-n 2 --dist loadgroup"  # of pytest-xdist; one takes all tests that start ranks, see conftest.py; -n 0: everything in one process
+workers="-n 2 --dist loadfile"  # of pytest-xdist, for many tests wait most of their time; -n 0: all in one process
 case "${1:-}" in
   --faults) workers="" && set -- -m faults "${@:2}" ;;  # some measure how fast a run reacts, so nothing runs beside them
   --all) workers="" && set -- -m "" "${@:2}" ;;

@@ -131,7 +131,6 @@ def test_what_a_restart_would_undo_or_cannot_mend_is_not_started_again(launched,
     assert len(list(launched["folder"].glob(f"{kind}*-0"))) == starts
 
 
-@pytest.mark.xdist_group("ranks")
 def test_a_launch_that_waits_for_another_node_obeys_a_stop(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -160,7 +159,6 @@ def test_a_rank_that_saves_has_longer_than_torchruns_thirty_seconds(tmp_path):
     assert ended.returncode == NUMERIC and (tmp_path / "saved").exists()
 
 
-@pytest.mark.xdist_group("ranks")
 def test_where_there_are_no_files_in_memory_nodes_of_one_meet_in_a_file_of_this_users_alone(tmp_path):
     """macOS has no memfd_create and no /proc."""
     (tmp_path / "toy.py").write_text(TOY)
