@@ -31,11 +31,11 @@ def of_export(model: nn.Module, cfg: Export) -> int:
 def copies(cfg: Checkpoint, beside: int, existing: int, start: int, num_steps: int, steps_per_epoch: int) -> int:
     """How many checkpoints more than now will lie on the disk at once: those kept, those `beside` them (the best, a black box's), one being
     written. By the clock any step may be saved."""
-    at = {num_steps}
+    most = max(1, cfg.keep + beside + 1 - existing)
+    saves = {num_steps} - {start}
     for period in (1 if cfg.every_s else cfg.every_steps, steps_per_epoch * cfg.each_epoch):
-        at |= set(range(period, num_steps + 1, period)) if period else set()
-    saves = sum(step > start for step in at)
-    return min(saves, max(1, cfg.keep + beside + 1 - existing))
+        saves |= set(range(start // period * period + period, num_steps + 1, period)[:most]) if period else set()
+    return min(len(saves), most)
 
 
 def check(folder: Path, count: int, each: int, exports: int) -> None:
