@@ -34,7 +34,8 @@ NAME = re.compile(r"step-([0-9]{9})")
 MANIFEST = "manifest.json"
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 FORMAT = 1
-OF_THE_MACHINE = {errno.EACCES, errno.EPERM, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # why a whole file may not be read
+OF_THE_MACHINE = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM,  # why a whole file may not be read,
+                  errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH}  # of a mount whose server is away
 BOXES = "blackbox"  # the folder beside that of checkpoints where one more may be held
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ BUG = 70
 PREEMPTED = 75  # told to stop, saved, may be started again
 
 LAUNCHER = "ENGINE_LAUNCHER"  # the process of launch.py, to its ranks
+WORDS_S = 5.0  # for last words from beside the main thread: the disk or the reader that they go to may be what it hangs in
 
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}  # the machine's answer, no bug
 
@@ -55,9 +57,11 @@ def extra(package: str, source: str | Path, name: str = "hub") -> Any:
 
 
 def rank_in_launch() -> int:
-    """This process's rank as its launcher set it, 0 without one: decides who speaks, nothing else. What is no number distributed.py refuses."""
-    text = os.environ.get("RANK", "")
-    return int(text) if text.isdecimal() else 0
+    """This process's rank as its launcher set it, before ranks have met; 0 without one. What is no number distributed.py will refuse."""
+    try:
+        return int(os.environ.get("RANK", 0))
+    except ValueError:
+        return 0
 
 
 def restarts_in_launch() -> int:
@@ -74,7 +78,8 @@ def run(main: Callable[[list[str]], int | None], needs_reader: bool = True) -> N
     prepare(needs_reader)
     if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun: its ranks do not outlive it
         die_with_parent()
-        if os.environ.pop(LAUNCHER, str(os.getppid())) != str(os.getppid()):  # it was killed before
+        if is_gone(launcher := int(os.environ.pop(LAUNCHER, os.getppid()))):
+            print(f"the launcher, process {launcher}, is gone, and so is this rank", file=sys.stderr, flush=True)
             os._exit(PEER)
     try:
         code = main(sys.argv[1:]) or DONE
@@ -93,7 +98,8 @@ def run(main: Callable[[list[str]], int | None], needs_reader: bool = True) -> N
     # The launcher ends all ranks as soon as one has left. The rank that knows why must be the first to leave, so it
     # no longer listens to the launcher.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    _leave(code)
+    _flush()
+    _exit(code)
 
 
 def warn(text: str) -> None:
@@ -106,18 +112,28 @@ finishing: list[Callable[[BaseException], None]] = []  # what is under way in ot
 
 def end(error: EngineError, speaks: bool) -> None:
     """Leaves the process as `run` and `recorded` would, from any thread, while the main thread waits for what will not come."""
-    if _recording:
-        _note(_recording[-1], error.exit_code, str(error))
-    if speaks:
-        _print(error)
+
+    def say() -> None:
+        if _recording:
+            _note(_recording[-1], error.exit_code, str(error))
+        if speaks:
+            _print(error)
+        _flush()
+
+    words = threading.Thread(target=say, daemon=True)
+    words.start()
+    words.join(WORDS_S)
     for finish in finishing:
         finish(error)
-    _leave(error.exit_code)
+    _exit(error.exit_code)
 
 
-def _leave(code: int) -> None:
+def _flush() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
+
+
+def _exit(code: int) -> None:
     if code == PEER:  # one that only lost a peer waits for it, and for those that want to hear what it knows
         time.sleep(1.0)
     os._exit(code)  # not sys.exit: taking down torch's process group can wait for ever, see distributed.py
@@ -127,6 +143,17 @@ def die_with_parent() -> None:
     """SIGKILL to this process as soon as the thread that started it is gone; on Linux alone."""
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def is_gone(process: int) -> bool:
+    """Whether no process of this machine has that number. One that is stopped has."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):  # another user's, or no number of a process
+        pass
+    return False
 
 
 def _print(error: EngineError) -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -97,15 +98,17 @@ def launched(argv: list[str]) -> int:
 
     def close_once_saved(ranks, death_sig=None, timeout=0):
         timeout, left = max(timeout, PATIENCE_S + 30), [one.proc for one in ranks.subprocess_handlers.values() if one.proc.poll() is None]
-        if death_sig and vars(ranks).pop("have_lost_one", False):  # as they know since; somebody's first request to stop shall not be their second
-            for process in left:
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(timeout)
+        end = time.monotonic() + timeout
         if death_sig is None:
             ranks.have_lost_one = True
             for process in left:
                 process.send_signal(signal.SIGCONT)  # one that was stopped has to hear what it is told
+        elif vars(ranks).pop("have_lost_one", False):  # as they know since; somebody's first request to stop shall not be their second
+            for process in left:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0.0, end - time.monotonic()))
         close(ranks, death_sig, timeout)
+        ranks.have_lost_one = False  # not where a request to stop has interrupted this
 
     LocalElasticAgent._monitor_workers = look_for_the_last_word  # torchrun would start again what stopped as asked, or cannot be mended
     PContext.close = close_once_saved  # after a failure torchrun would give a save in flight 30 seconds

@@ -32,7 +32,7 @@ def copies(cfg: Checkpoint, beside: int, existing: int, start: int, num_steps: i
     """How many checkpoints more than now will lie on the disk at once: those kept, those `beside` them (the best, a black box's), one being
     written. By the clock any step may be saved."""
     most = max(1, cfg.keep + beside + 1 - existing)
-    saves = {num_steps} - {start}
+    saves = {num_steps} if start < num_steps else set()
     for period in (1 if cfg.every_s else cfg.every_steps, steps_per_epoch * cfg.each_epoch):
         saves |= set(range(start // period * period + period, num_steps + 1, period)[:most]) if period else set()
     return min(len(saves), most)

@@ -222,7 +222,8 @@ class Watchdog:
             passed = time.monotonic() - before
             before += passed
             self.awake += min(passed, 2 * self.period)
-            self.dead |= {other: self.awake for other, beat in self.beats.items() if other not in self.dead and self._is_dead(beat)}
+            self.dead = {other: self.dead.get(other, self.awake) for other, beat in self.beats.items() if self.silence(other) > self.period * 1.5
+                         and self._is_dead(beat)}
             if any(self.rank in beat.late for beat in self.beats.values()):
                 errors.end(EngineError("PEER-HUNG", "this rank is the one that hangs, as the others have told", PEER), speaks=False)
             if late := self._late():
@@ -243,17 +244,9 @@ class Watchdog:
                 errors.end(self.lost("an exchange does not end"), speaks=True)
 
     def _is_dead(self, beat: Beat) -> bool:
-        """Whether it is of a process of this machine that is no more. One that is stopped is."""
+        """Whether it is of a process of this machine that is no more."""
         machine, process = beat.process
-        if not machine or machine != self.process[0] or process <= 0:
-            return False
-        try:
-            os.kill(process, 0)
-        except ProcessLookupError:
-            return True
-        except (OSError, OverflowError):  # another user's, or no number of a process
-            pass
-        return False
+        return bool(machine) and machine == self.process[0] and process > 0 and errors.is_gone(process)
 
     def silence(self, other: int) -> float:
         return self.awake - self.heard[other]

@@ -30,10 +30,28 @@ def leave_as_command(argv: list[str]) -> int:
 
 
 def test_a_rank_whose_launcher_is_gone_before_it_has_begun_goes_too():
-    for launcher, code in ((os.getpid(), DONE), (os.getpid() + 1, PEER)):
+    (gone := subprocess.Popen(["true"])).wait()
+    for launcher, code in ((os.getpid(), DONE), (os.getppid(), DONE), (gone.pid, PEER)):  # the second as where a wrapper starts ranks
         rank = subprocess.run([sys.executable, "-m", "engine.train", "--help"], cwd=ROOT, capture_output=True,
                               env={**os.environ, errors.LAUNCHER: str(launcher), "TORCHELASTIC_RUN_ID": "none"})
-        assert rank.returncode == code
+        assert rank.returncode == code and (b"is gone" in rank.stderr) == (code == PEER)
+
+
+def test_last_words_from_beside_a_thread_that_its_output_hangs_are_no_reason_to_stay():
+    program = """
+import sys, threading, time
+from engine import errors
+errors.WORDS_S = 0.5
+threading.Timer(0.5, errors.end, [errors.EngineError("PEER-HUNG", "this rank hangs", errors.PEER), True]).start()
+while True:
+    print("x" * 10000)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as rank:
+        try:
+            assert rank.wait(20) == PEER
+            assert b"this rank hangs" in rank.stderr.read()
+        finally:
+            rank.kill()
 
 
 @pytest.fixture

@@ -228,6 +228,7 @@ def test_room_is_asked_for_as_many_checkpoints_as_will_lie_there_at_once():
     assert space.copies(often, False, existing=0, start=0, num_steps=3, steps_per_epoch=10) == 2
     assert space.copies(seldom, True, existing=0, start=0, num_steps=100, steps_per_epoch=10) == 1
     assert space.copies(often, False, existing=3, start=100, num_steps=100, steps_per_epoch=10) == 0
+    assert space.copies(often, False, existing=3, start=120, num_steps=100, steps_per_epoch=10) == 0
     assert space.copies(clocked, True, existing=0, start=0, num_steps=100, steps_per_epoch=10) == 5
     assert space.copies(clocked, False, existing=2, start=98, num_steps=100, steps_per_epoch=10) == 2
 
