@@ -57,9 +57,9 @@ def extra(package: str, source: str | Path, name: str = "hub") -> Any:
 
 
 def rank_in_launch() -> int:
-    """This process's rank as its launcher set it, before ranks have met; 0 without one. What is no number distributed.py will refuse."""
+    """This process's rank as its launcher set it, before ranks have met; 0 without one. What is none distributed.py will refuse."""
     try:
-        return int(os.environ.get("RANK", 0))
+        return max(0, int(os.environ.get("RANK", 0)))
     except ValueError:
         return 0
 
