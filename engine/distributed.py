@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from engine import errors, watchdog
+from engine import collector, errors, watchdog
 from engine.errors import ENVIRONMENT, PEER, EngineError
 from engine.watchdog import Watchdog
 
@@ -222,6 +222,7 @@ def settle(ddp_model: nn.Module, zero_loss: Callable[[], Tensor]) -> None:
     """
     zero_loss().backward()
     ddp_model.zero_grad(set_to_none=True)
+    collector.resume()  # all is loaded
 
 
 def sync_if(ddp_model: nn.Module, last: bool) -> AbstractContextManager:

@@ -18,6 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from engine import collector
 from engine.terminal import prepare, shown
 
 DONE = 0
@@ -76,6 +77,7 @@ def run(main: Callable[[list[str]], int | None], needs_reader: bool = True) -> N
     rank is printed by that rank, with its number.
     """
     prepare(needs_reader)
+    collector.rest()
     if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun: its ranks do not outlive it
         die_with_parent()
         if is_gone(launcher := int(os.environ.pop(LAUNCHER, os.getppid()))):

@@ -70,6 +70,7 @@ def kill_everything(run: Run, draw: random.Random) -> None:
 
 def preempt(run: Run, draw: random.Random) -> None:
     os.kill(draw.choice([run.process.pid, *run.ranks()]), draw.choice([signal.SIGTERM, signal.SIGUSR1]))
+    run.process.wait(60)
 
 
 def stall(run: Run, draw: random.Random) -> None:
@@ -122,6 +123,7 @@ def test_soak(recipe, tmp_path, capsys):
                 reached, happened = steps_done(run.folder), now
                 fault = draw.choice(FAULTS)
                 fault(run, draw)
+                reached = max(reached, steps_done(run.folder))  # asked to stop, ranks finish a step before
                 faults.append(fault.__name__)
                 with capsys.disabled():
                     print(f"\n{now:6.0f} s  step {reached:6}  {fault.__name__:<30} {100 * (1 - lost / now):.1f} % so far", end="", flush=True)

@@ -139,10 +139,15 @@ def test_a_beat_that_no_rank_wrote_is_no_beat():
             watchdog.Beat(**{**plain, **wrong})
     for late, process in (([99, 0, -1], ("", 0)), ([1], (told.process[0], 10**30)), ([1], (told.process[0], -1))):
         told.beats[1] = watchdog.Beat(**plain, left=watchdog.IN_VAIN, late=late, process=process)
-        assert told._late() == ([1] if 1 in late else []) and not told._is_dead(told.beats[1])
-    (gone := subprocess.Popen(["true"])).wait()
-    assert told._is_dead(watchdog.Beat(**plain, process=(told.process[0], gone.pid)))
-    assert not told._is_dead(watchdog.Beat(**plain, process=("another machine", gone.pid)))
+        assert told._late() == ([1] if 1 in late else []) and not told._is_dead(1)
+    with subprocess.Popen(["sleep", "60"]) as process:
+        for machine in ("another machine", told.process[0]):
+            told.beats[1] = watchdog.Beat(**plain, process=(machine, process.pid))
+            assert not told._is_dead(1)
+        process.kill()
+    assert told._is_dead(1)
+    told.seen.clear()
+    assert not told._is_dead(1), "of another machine that takes itself for this one"
 
 
 def fail() -> None:
