@@ -159,7 +159,7 @@ class Watchdog:
         self.stopped, self.hurry, self.sent = threading.Event(), threading.Event(), threading.Event()
         self.awake = 0.0  # seconds that this process has run: after it was stopped itself, silence is not the others' fault
         self.heard = dict.fromkeys(self.others, 0.0)  # when, by that clock
-        self.seen: set[int] = set()  # whose process was there, on this machine
+        self.seen: set[int] = set()  # whose process was there, on this machine; replaced, for another thread goes through it
         self.dead: dict[int, float] = {}  # whose is no more, and since when that is known
         self.answered = 0.0
         self.main = threading.main_thread().ident
@@ -214,6 +214,8 @@ class Watchdog:
                     beat = Beat(**json.loads(text))
                     if beat.number != self.beats[other].number:
                         self.beats[other], self.heard[other] = beat, self.awake
+                        if self._is_here(beat):  # machines that were copied while they ran take each other for one
+                            self.seen = self.seen | {other}
 
     # ---- The thread that judges ----
 
@@ -223,7 +225,7 @@ class Watchdog:
             passed = time.monotonic() - before
             before += passed
             self.awake += min(passed, 2 * self.period)
-            self.dead |= {other: self.awake for other in self.others if other not in self.dead and self._is_dead(other)}
+            self.dead |= {other: self.awake for other in self.seen if other not in self.dead and not self._is_here(self.beats[other])}
             if any(self.rank in beat.late for beat in self.beats.values()):
                 errors.end(EngineError("PEER-HUNG", "this rank is the one that hangs, as the others have told", PEER), speaks=False)
             if late := self._late():
@@ -243,15 +245,10 @@ class Watchdog:
             if blocked > 2 * self.period and not self.left:
                 errors.end(self.lost("an exchange does not end"), speaks=True)
 
-    def _is_dead(self, other: int) -> bool:
-        """Whether its process was seen on this machine, and is no more. (Machines that were copied while they ran take each other for one.)"""
-        machine, process = self.beats[other].process
-        if not machine or machine != self.process[0] or process <= 0:
-            return False
-        if not errors.is_gone(process):
-            self.seen.add(other)
-            return False
-        return other in self.seen
+    def _is_here(self, beat: Beat) -> bool:
+        """Whether its process is there, on this machine."""
+        machine, process = beat.process
+        return bool(machine) and machine == self.process[0] and process > 0 and not errors.is_gone(process)
 
     def silence(self, other: int) -> float:
         return self.awake - self.heard[other]

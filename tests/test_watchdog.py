@@ -139,15 +139,13 @@ def test_a_beat_that_no_rank_wrote_is_no_beat():
             watchdog.Beat(**{**plain, **wrong})
     for late, process in (([99, 0, -1], ("", 0)), ([1], (told.process[0], 10**30)), ([1], (told.process[0], -1))):
         told.beats[1] = watchdog.Beat(**plain, left=watchdog.IN_VAIN, late=late, process=process)
-        assert told._late() == ([1] if 1 in late else []) and not told._is_dead(1)
+        assert told._late() == ([1] if 1 in late else []) and not told._is_here(told.beats[1])
     with subprocess.Popen(["sleep", "60"]) as process:
         for machine in ("another machine", told.process[0]):
-            told.beats[1] = watchdog.Beat(**plain, process=(machine, process.pid))
-            assert not told._is_dead(1)
+            beat = watchdog.Beat(**plain, process=(machine, process.pid))
+            assert told._is_here(beat) == (machine == told.process[0])
         process.kill()
-    assert told._is_dead(1)
-    told.seen.clear()
-    assert not told._is_dead(1), "of another machine that takes itself for this one"
+    assert not told._is_here(beat)
 
 
 def fail() -> None:
