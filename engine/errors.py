@@ -151,9 +151,9 @@ def is_gone(process: int) -> bool:
     """Whether no process of this machine has that number. One that is stopped has."""
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return True
-    except (OSError, OverflowError):  # another user's, or no number of a process
+    except PermissionError:  # another user's
         pass
     return False
 
