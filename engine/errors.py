@@ -30,8 +30,9 @@ NUMERIC = 6  # a loss or gradient that is not finite
 SECURITY = 7  # refused on purpose
 BUG = 70
 PREEMPTED = 75  # told to stop, saved, may be started again
+FATAL = (USER, CHECKPOINT, SECURITY)  # whatever starts again finds the same recipe, rows and checkpoints
 
-LAUNCHER = "ENGINE_LAUNCHER"  # the process of launch.py, to its ranks
+LAUNCHER = "ENGINE_LAUNCHER"  # the variable by which launch.py tells ranks its process
 WORDS_S = 5.0  # for last words from beside the main thread: the disk or the reader that they go to may be what it hangs in
 
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}  # the machine's answer, no bug

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from engine import checkpoint
-from engine.errors import CHECKPOINT, PEER, PREEMPTED, SECURITY, USER, EngineError, last, restarts_in_launch
+from engine.errors import FATAL, PEER, PREEMPTED, EngineError, last, restarts_in_launch
 
-FATAL = (USER, CHECKPOINT, SECURITY)  # whatever starts again finds the same recipe, rows and checkpoints
 IN_VAIN = 3  # restarts in a row from one checkpoint
 
 

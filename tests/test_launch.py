@@ -33,6 +33,9 @@ import os, signal, sys, time
 kind, rank = sys.argv[1], int(os.environ["RANK"])
 if kind == "numeric":
     signal.signal(signal.SIGTERM, lambda *_: None)  # as a rank that is on its way out
+    open(f"numeric{rank}", "w").close()
+    while not os.path.exists("numeric1"):
+        time.sleep(0.05)
     time.sleep(0.6 * rank)
     sys.exit(6 if rank else 5)  # the rank that lost its peer is the first to go
 if kind == "raise" and rank == 1:
@@ -79,24 +82,34 @@ if kind == "saving":
     while not os.path.exists("saving0"):
         time.sleep(0.05)
     sys.exit(6)
-if kind == "places" and rank == 1:
-    import pathlib, tempfile
-    folder, = pathlib.Path(tempfile.gettempdir()).glob("meeting-*")
-    print(oct(folder.stat().st_mode & 0o777), *(oct(path.stat().st_mode & 0o777) for path in folder.iterdir()))
 """
 
 
-@pytest.fixture(scope="module")
-def launched(tmp_path_factory) -> dict[str, Any]:
-    """Every kind of toy run, all at once: most of their time is the launcher's import of torch."""
+def a_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def of_several(nodes: int = 1) -> list[str]:
+    """torchrun's options for the first of several nodes; it takes one, too."""
+    return ["--nnodes", str(nodes), "--node-rank", "0", "--master-addr", "127.0.0.1", "--master-port", a_port()]
+
+
+@pytest.fixture(scope="module", params=["node", "nodes"])
+def launched(request, tmp_path_factory) -> dict[str, Any]:
+    """Every kind of toy run, all at once, by either launcher."""
     folder = tmp_path_factory.mktemp("toy")
     (folder / "toy.py").write_text(TOY)
-    command = [sys.executable, "-m", "engine.launch", "--standalone", "--nproc-per-node", "2", "-m", "toy"]
+
+    def command(*more: str) -> list[str]:
+        where = ["--standalone"] if request.param == "node" else of_several()
+        return [sys.executable, "-m", "engine.launch", *where, "--nproc-per-node", "2", *more, "-m", "toy"]
+
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}", "OMP_NUM_THREADS": "1"}
     environment.pop("LOGLEVEL", None)
-    again = [*command[:3], "--max-restarts", "1", *command[3:]]
     once, twice = ("done", "numeric", "raise", "kill", "stop", "stopped", "asked late"), ("asked", "refused", "lost")
-    kinds = {**dict.fromkeys(once, command), **dict.fromkeys(twice, again)}
+    kinds = {**{kind: command() for kind in once}, **{kind: command("--max-restarts", "1") for kind in twice}}
     processes = {kind: subprocess.Popen([*start, kind], cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
                  for kind, start in kinds.items()}
     deadline = time.monotonic() + 120
@@ -110,7 +123,7 @@ def launched(tmp_path_factory) -> dict[str, Any]:
     ended = {"folder": folder}
     for kind, process in processes.items():
         out, err = process.communicate(timeout=60)
-        ended[kind] = subprocess.CompletedProcess(command, process.returncode, out, err)
+        ended[kind] = subprocess.CompletedProcess(process.args, process.returncode, out, err)
     return ended
 
 
@@ -132,10 +145,8 @@ def test_what_a_restart_would_undo_or_cannot_mend_is_not_started_again(launched,
 
 
 def test_a_launch_that_waits_for_another_node_obeys_a_stop(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    where = ["--nnodes", "2", "--node-rank", "0", "--master-addr", "127.0.0.1", "--master-port", str(port), "--nproc-per-node", "1"]
+    where = [*of_several(2), "--nproc-per-node", "1"]
+    port = int(where[where.index("--master-port") + 1])
     waits = subprocess.Popen([sys.executable, "-m", "engine.launch", *where, "-m", "toy", "done"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
     while True:
         with socket.socket() as probe, suppress(ConnectionRefusedError):
@@ -152,23 +163,12 @@ def test_a_launch_that_waits_for_another_node_obeys_a_stop(tmp_path):
 
 
 @pytest.mark.faults
-def test_a_rank_that_saves_has_longer_than_torchruns_thirty_seconds(tmp_path):
+@pytest.mark.parametrize("where", [["--standalone"], of_several()], ids=["node", "nodes"])
+def test_a_rank_that_saves_has_longer_than_torchruns_thirty_seconds(tmp_path, where):
     (tmp_path / "toy.py").write_text(TOY)
-    ended = subprocess.run([sys.executable, "-m", "engine.launch", "--standalone", "--nproc-per-node", "2", "-m", "toy", "saving"], cwd=tmp_path,
+    ended = subprocess.run([sys.executable, "-m", "engine.launch", *where, "--nproc-per-node", "2", "-m", "toy", "saving"], cwd=tmp_path,
                            env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", "OMP_NUM_THREADS": "1"}, timeout=120)
     assert ended.returncode == NUMERIC and (tmp_path / "saved").exists()
-
-
-def test_where_there_are_no_files_in_memory_nodes_of_one_meet_in_a_file_of_this_users_alone(tmp_path):
-    """macOS has no memfd_create and no /proc."""
-    (tmp_path / "toy.py").write_text(TOY)
-    (tmp_path / "tmp").mkdir()
-    text = "import os; from engine import errors, launch; del os.memfd_create; errors.run(launch.main)"
-    ended = subprocess.run([sys.executable, "-c", text, "--standalone", "--nproc-per-node", "2", "-m", "toy", "places"], cwd=tmp_path, text=True,
-                           env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path / "tmp")},
-                           capture_output=True)
-    assert (ended.returncode, ended.stdout) == (DONE, "0o700 0o600\n"), ended.stderr
-    assert not list((tmp_path / "tmp").glob("meeting-*"))
 
 
 def test_a_killed_rank_is_told_in_one_line(launched):
