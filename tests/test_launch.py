@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from engine import node, saver
 from engine.errors import BUG, CHECKPOINT, DONE, NUMERIC, PEER, PREEMPTED, USER, EngineError
 from engine.launch import code_after, first_cause
 
@@ -160,6 +161,10 @@ def test_a_launch_that_waits_for_another_node_obeys_a_stop(tmp_path):
         assert waits.wait(5) == PREEMPTED
     finally:
         waits.kill()
+
+
+def test_launchers_wait_longer_for_a_save_than_the_rank_that_writes_it():
+    assert node.SAVING_S > saver.PATIENCE_S + saver.DISK_S
 
 
 @pytest.mark.faults
