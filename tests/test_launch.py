@@ -123,7 +123,11 @@ def launched(request, tmp_path_factory) -> dict[str, Any]:
     processes["asked late"].send_signal(signal.SIGTERM)
     ended = {"folder": folder}
     for kind, process in processes.items():
-        out, err = process.communicate(timeout=60)
+        try:
+            out, err = process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, err = process.communicate()
         ended[kind] = subprocess.CompletedProcess(process.args, process.returncode, out, err)
     return ended
 
