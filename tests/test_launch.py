@@ -126,7 +126,8 @@ def launched(request, tmp_path_factory) -> dict[str, Any]:
         try:
             out, err = process.communicate(timeout=60)
         except subprocess.TimeoutExpired:
-            process.kill()
+            for one in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+                os.kill(int(one), signal.SIGKILL)
             out, err = process.communicate()
         ended[kind] = subprocess.CompletedProcess(process.args, process.returncode, out, err)
     return ended
