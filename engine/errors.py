@@ -67,7 +67,7 @@ def rank_in_launch() -> int:
 
 
 def restarts_in_launch() -> int:
-    """How often torchrun has started this launch's ranks again."""
+    """How often the launcher has started these ranks again."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
@@ -79,7 +79,7 @@ def run(main: Callable[[list[str]], int | None], needs_reader: bool = True) -> N
     """
     prepare(needs_reader)
     collector.rest()
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun: its ranks do not outlive it
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # started by a launcher: its ranks do not outlive it
         die_with_parent()
         if is_gone(launcher := int(os.environ.pop(LAUNCHER, os.getppid()))):
             print(f"the launcher, process {launcher}, is gone, and so is this rank", file=sys.stderr, flush=True)

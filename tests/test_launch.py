@@ -125,11 +125,13 @@ def launched(request, tmp_path_factory) -> dict[str, Any]:
     for kind, process in processes.items():
         try:
             out, err = process.communicate(timeout=60)
+            code = process.returncode
         except subprocess.TimeoutExpired:
             for one in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
                 os.kill(int(one), signal.SIGKILL)
             out, err = process.communicate()
-        ended[kind] = subprocess.CompletedProcess(process.args, process.returncode, out, err)
+            code = "it had to be killed"
+        ended[kind] = subprocess.CompletedProcess(process.args, code, out, err)
     return ended
 
 
