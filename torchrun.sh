@@ -8,7 +8,7 @@
 #   OMP_NUM_THREADS                on CPU: cores / processes
 #   MAX_RESTARTS                   0; how often all ranks start again after one failed, from the newest checkpoint
 #
-# SIGTERM, SIGINT or SIGUSR1: all ranks finish their step, save, and 75 is returned; a second one ends them at once.
+# SIGTERM, SIGINT, SIGUSR1, a terminal that closes: all ranks finish their step, save, and 75 is returned; a second one ends them at once.
 set -euo pipefail
 cd "$(dirname "$0")"
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from engine import collector, errors, watchdog
-from engine.errors import ENVIRONMENT, PEER, EngineError
+from engine.errors import ENVIRONMENT, PEER, STORE, EngineError
 from engine.watchdog import Watchdog
 
 LOOPBACK = ("127.0.0.1", "localhost")
@@ -148,7 +148,7 @@ def _store(holds: bool, size: int, patience: float) -> dist.TCPStore:
         os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
     try:
         # A store has no password and by itself listens on every interface: that of one node gets a socket that this node alone can reach.
-        socket_of_one_node = socket.create_server(("127.0.0.1", port)).detach() if holds and on_one_node else None
+        socket_of_one_node = (_launchers_socket() or socket.create_server(("127.0.0.1", port)).detach()) if holds and on_one_node else None
         # In a thread: within torch this one would note no request to stop, and wait for ever where somebody listens and does not answer.
         making = ThreadPoolExecutor(1).submit(dist.TCPStore, address, port, size, holds, timedelta(seconds=patience), wait_for_workers=False,
                                               master_listen_fd=socket_of_one_node)
@@ -159,6 +159,12 @@ def _store(holds: bool, size: int, patience: float) -> dist.TCPStore:
                               ENVIRONMENT) from error
         raise EngineError("PEER-MISSING", f"{_address()}: rank 0 does not answer there for {patience:g} s; expected it to be started, and its node to be "
                           "reached", PEER) from error
+
+
+def _launchers_socket() -> int | None:
+    """That which node.py has opened, and rank 0 inherited."""
+    found = os.environ.pop(STORE, None)
+    return int(found) if found else None
 
 
 def _address() -> str:

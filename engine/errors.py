@@ -32,7 +32,7 @@ BUG = 70
 PREEMPTED = 75  # told to stop, saved, may be started again
 FATAL = (USER, CHECKPOINT, SECURITY)  # whatever starts again finds the same recipe, rows and checkpoints
 
-LAUNCHER = "ENGINE_LAUNCHER"  # the variable by which launch.py tells ranks its process
+LAUNCHER, STORE = "ENGINE_LAUNCHER", "ENGINE_STORE"  # the variables by which a launcher tells ranks its process, and rank 0 the socket for their store
 WORDS_S = 5.0  # for last words from beside the main thread: the disk or the reader that they go to may be what it hangs in
 
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}  # the machine's answer, no bug
@@ -149,13 +149,15 @@ def die_with_parent() -> None:
 
 
 def is_gone(process: int) -> bool:
-    """Whether no process of this machine has that number. One that is stopped has."""
+    """Whether no process of this machine has that number, or one that has ended and waits for its parent to look. One that is stopped is there."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return True
     except PermissionError:  # another user's
         pass
+    with suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(") ")[2][:1] in ("Z", "X")
     return False
 
 

@@ -15,6 +15,7 @@ TRAIN = "engine.train"
 
 
 def main(argv: list[str]) -> int:
+    node.prepare()
     trains = TRAIN in argv
     if trains:
         config.load(argv[argv.index(TRAIN) + 1 :])  # a mistake in the recipe is reported once, and before torch takes its seconds
@@ -43,15 +44,15 @@ def parser() -> Parser:
 def first_cause(failures: list[tuple[int, int]]) -> int:
     """The exit code that tells most of `failures`, (rank, its exit code) in the order of time.
 
-    A rank that left with PEER lost another, and later signals are the launcher's, sent to whoever was left, who may have obeyed
-    with PREEMPTED: none is a cause.
+    A rank that left with PEER lost another. Later signals are the launcher's, sent to whoever was left, who may have obeyed with
+    PREEMPTED, or, asked before, at once with 128 and more: none is a cause.
     """
     rank, code = failures[0]
     if code < 0:
         advice = ("if nobody sent it, memory ran out: lower train.micro_batch or data.max_length" if code == -signal.SIGKILL
                   else "its last words, if any, are above")
         raise EngineError("PEER-KILLED", f"rank {rank} was ended by {signal.Signals(-code).name}; {advice}", PEER)
-    return next((later for _, later in failures if later > 0 and later not in (PEER, PREEMPTED)), code)
+    return next((later for _, later in failures if 0 < later < 128 and later not in (PEER, PREEMPTED)), code)
 
 
 def code_after(signum: int, codes: list[int | None]) -> int:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import Any
 
 from engine.errors import ENVIRONMENT, FATAL, LAUNCHER, PEER, PREEMPTED, EngineError
-from engine.node import SAVING_S, STOP_S, Ended, sent_on
+from engine.node import SAVING_S, STOP_S, Ended, leave, request, sent_on
 from engine.signals import StopRequest
 
 
@@ -35,18 +35,18 @@ def launched(argv: list[str], own_stops: bool) -> Ended:
     # What torchrun sends on to the ranks; by itself it would die of Slurm's SIGUSR1, and not live on under nohup.
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(one.name for one in sent_on()))
     os.environ[LAUNCHER] = str(os.getpid())
-    _leave_when_asked()
+    _listen()
     torchrun, error_of_ranks, told_to_stop, did_not_meet = _torchrun()
 
     if own_stops:  # for this process a thread without a task takes them
         threading.Thread(target=threading.Event().wait, daemon=True).start()
         signal.pthread_sigmask(signal.SIG_BLOCK, StopRequest.SIGNALS)
     try:
-        torchrun.run(torchrun.parse_args(argv))  # main without its wrapper, which would log the failure once more
+        torchrun.run(_options(torchrun, argv))  # main without its wrapper, which would log the failure once more
     except error_of_ranks as error:
         return Ended(_in_time(error.failures), None, [])
     except told_to_stop as error:
-        return Ended([], error.sigval, _exit_codes(error))
+        return Ended([], request(error.sigval), _exit_codes(error))
     except did_not_meet as error:
         if "EADDRINUSE" in str(error):
             raise EngineError("ENVIRONMENT-PORT", "another program listens on MASTER_PORT here; set another, the same on all nodes", ENVIRONMENT) from error
@@ -55,20 +55,25 @@ def launched(argv: list[str], own_stops: bool) -> Ended:
     return Ended([], None, [])
 
 
-def _leave_when_asked() -> None:
-    """Until torchrun has ranks, and handlers of its own. A thread listens too: Python runs handlers between two calls of its own, and torch may
-    wait for other nodes in one, for minutes."""
+def _options(torchrun: Any, argv: list[str]) -> Any:
+    """What torchrun makes of `argv`."""
+    options = torchrun.parse_args(argv)
+    try:
+        torchrun.config_from_args(options)
+    except ValueError as error:
+        raise EngineError("LAUNCH-OPTION", f"torchrun says: {error}") from error
+    return options
 
-    def leave(*_: object) -> None:
-        os._exit(PREEMPTED)
+
+def _listen() -> None:
+    """Python runs handlers between two calls of its own, and torch may wait for other nodes in one, for minutes. So a thread listens, too, until
+    torchrun has ranks, and handlers of its own."""
 
     def listen() -> None:
         while number := os.read(reads, 1):
             if signal.getsignal(number[0]) is leave:
                 leave()
 
-    for one in StopRequest.SIGNALS:
-        signal.signal(one, leave)
     reads, writes = os.pipe()
     os.set_blocking(writes, False)
     signal.set_wakeup_fd(writes)
@@ -94,15 +99,15 @@ def _torchrun() -> tuple[Any, Any, Any, Any]:
     def close_once_saved(ranks, death_sig=None, timeout=0):
         timeout, left = max(timeout, SAVING_S), [one.proc for one in ranks.subprocess_handlers.values() if one.proc.poll() is None]
         end = time.monotonic() + timeout
+        for process in left:
+            process.send_signal(signal.SIGCONT)  # one that was stopped has to hear what it is told
         if death_sig is None:
             ranks.have_lost_one = True
-            for process in left:
-                process.send_signal(signal.SIGCONT)  # one that was stopped has to hear what it is told
         elif vars(ranks).pop("have_lost_one", False):  # as they know since; somebody's first request to stop shall not be their second
             for process in left:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(max(0.0, end - time.monotonic()))
-        close(ranks, death_sig, timeout)
+        close(ranks, death_sig and request(death_sig), timeout)
         ranks.have_lost_one = False  # not where a request to stop has interrupted this
 
     LocalElasticAgent._monitor_workers = look_for_the_last_word  # torchrun would start again what stopped as asked, or cannot be mended

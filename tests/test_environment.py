@@ -37,6 +37,14 @@ def test_a_rank_whose_launcher_is_gone_before_it_has_begun_goes_too():
         assert rank.returncode == code and (b"is gone" in rank.stderr) == (code == PEER)
 
 
+def test_a_process_that_ended_is_gone_though_its_parent_has_not_looked():
+    with subprocess.Popen(["true"]) as ended:
+        os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+        os.kill(ended.pid, 0)
+        assert errors.is_gone(ended.pid) == Path("/proc/self/stat").exists()
+    assert not errors.is_gone(os.getpid())
+
+
 def test_last_words_from_beside_a_thread_that_its_output_hangs_are_no_reason_to_stay():
     program = """
 import sys, threading, time

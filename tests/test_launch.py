@@ -1,5 +1,6 @@
 """The way in: engine.launch returns the ranks' exit codes, torchrun.sh picks processes, environment.sh installs once."""
 
+import errno
 import os
 import shutil
 import signal
@@ -7,14 +8,15 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from engine import node, saver
-from engine.errors import BUG, CHECKPOINT, DONE, NUMERIC, PEER, PREEMPTED, USER, EngineError
+from engine.errors import BUG, CHECKPOINT, DONE, ENVIRONMENT, NUMERIC, PEER, PREEMPTED, USER, EngineError
 from engine.launch import code_after, first_cause
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,7 +32,7 @@ def script(path: Path, text: str) -> Path:
 # --- engine.launch ---------------------------------------------------------------------------------------------------
 
 TOY = """
-import os, signal, sys, time
+import os, signal, socket, sys, time
 kind, rank = sys.argv[1], int(os.environ["RANK"])
 if kind == "numeric":
     signal.signal(signal.SIGTERM, lambda *_: None)  # as a rank that is on its way out
@@ -43,10 +45,19 @@ if kind == "raise" and rank == 1:
     raise ValueError("toy")
 if kind == "kill" and rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
-if kind == "stop":
+if kind in ("stop", "hung up", "asleep"):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
-    open(f"ready{rank}", "w").close()
+    open(f"{kind}{rank}", "w").close()
+    if kind == "asleep" and rank == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
     time.sleep(60)
+if kind == "port":
+    with socket.socket() as another:
+        try:
+            another.bind(("127.0.0.1", int(os.environ["MASTER_PORT"])))
+        except OSError:
+            sys.exit(0)
+    sys.exit(1)
 if kind in ("asked", "refused", "lost"):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))  # as a rank that has not met the others yet
     open(f"{kind}{os.environ['TORCHELASTIC_RESTART_COUNT']}-{rank}", "w").close()
@@ -109,18 +120,16 @@ def launched(request, tmp_path_factory) -> dict[str, Any]:
 
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}", "OMP_NUM_THREADS": "1"}
     environment.pop("LOGLEVEL", None)
-    once, twice = ("done", "numeric", "raise", "kill", "stop", "stopped", "asked late"), ("asked", "refused", "lost")
+    once, twice = ("done", "numeric", "raise", "kill", "stop", "hung up", "asleep", "port", "stopped", "asked late"), ("asked", "refused", "lost")
     kinds = {**{kind: command() for kind in once}, **{kind: command("--max-restarts", "1") for kind in twice}}
     processes = {kind: subprocess.Popen([*start, kind], cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
                  for kind, start in kinds.items()}
     deadline = time.monotonic() + 120
-    while not all((folder / f"ready{rank}").exists() for rank in (0, 1)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    processes["stop"].send_signal(signal.SIGTERM)
-    while not (folder / "asked late1").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(2)
-    processes["asked late"].send_signal(signal.SIGTERM)
+    for kind, number in (("stop", signal.SIGTERM), ("hung up", signal.SIGHUP), ("asleep", signal.SIGINT), ("asked late", signal.SIGTERM)):
+        while not all((folder / f"{kind}{rank}").exists() for rank in (0, 1)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(2 if kind == "asked late" else 0)
+        processes[kind].send_signal(number)
     ended = {"folder": folder}
     for kind, process in processes.items():
         try:
@@ -136,7 +145,8 @@ def launched(request, tmp_path_factory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind, code, stderr", [
-    ("done", DONE, ""), ("numeric", NUMERIC, ""), ("stop", PREEMPTED, ""), ("stopped", NUMERIC, ""), ("asked late", NUMERIC, ""),
+    ("done", DONE, ""), ("port", DONE, ""), ("numeric", NUMERIC, ""), ("stop", PREEMPTED, ""), ("hung up", PREEMPTED, ""), ("asleep", PREEMPTED, ""),
+    ("stopped", NUMERIC, ""), ("asked late", NUMERIC, ""),
     ("raise", 1, "ValueError: toy"), ("kill", PEER, "SIGKILL"),
 ])
 def test_launch_returns_the_ranks_exit_code_and_adds_no_text_of_torchruns(launched, kind, code, stderr):
@@ -195,6 +205,8 @@ def test_a_killed_rank_is_told_in_one_line(launched):
     ([(0, PEER), (1, -15), (2, -9)], PEER),
     ([(0, PEER), (1, PREEMPTED)], PEER),
     ([(1, PREEMPTED), (0, PREEMPTED), (2, PEER)], PREEMPTED),
+    ([(0, PREEMPTED), (1, 143)], PREEMPTED),
+    ([(0, PEER), (1, 143)], PEER),
 ])
 def test_the_first_failure_counts_unless_it_only_lost_a_peer(failures, code):
     assert first_cause(failures) == code
@@ -223,6 +235,66 @@ def test_a_mistake_in_the_recipe_is_told_once_and_without_importing_torch(tmp_pa
                            capture_output=True, text=True)
     assert ended.returncode == USER
     assert ended.stderr.startswith("ERROR E-CONFIG-RECIPE absent.yaml") and len(ended.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("where", ["--standalone", "--nnodes=1"])
+def test_a_wrong_option_is_told_in_one_line_whatever_rank_the_environment_is_of(where):
+    ended = subprocess.run([sys.executable, "-m", "engine.launch", where, "--nproc-per-node", "abc", "-m", "toy"], cwd=ROOT,
+                           env={**os.environ, "RANK": "1"}, capture_output=True, text=True)
+    assert ended.returncode == USER and "abc" in ended.stderr
+    assert ended.stderr.startswith("ERROR E-") and len(ended.stderr.splitlines()) == 1
+
+
+def test_a_stop_before_there_are_ranks_is_obeyed():
+    text = "import os; from engine import config, errors, launch; config.load = lambda _: os.kill(os.getpid(), 10); errors.run(launch.main)"
+    assert subprocess.run([sys.executable, "-c", text, "--standalone", "-m", "engine.train"], cwd=ROOT).returncode == PREEMPTED
+
+
+@contextmanager
+def rank_that_stays() -> Iterator[subprocess.Popen]:
+    text = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, start_new_session=True) as rank:
+        try:
+            rank.stdout.readline()
+            yield rank
+        finally:
+            rank.kill()
+
+
+def test_requests_to_stop_give_a_rank_that_stays_no_more_time(monkeypatch, capsys):
+    monkeypatch.setattr(node, "SAVING_S", 1.0)
+    monkeypatch.setattr(node, "STOP_S", 20.0)
+    failed = subprocess.Popen(["false"])
+    failed.wait()
+    with rank_that_stays() as stays:
+        began = time.monotonic()
+        ended = node._watched([failed, stays], [signal.SIGTERM, signal.SIGTERM])
+        assert ended == ([(0, 1), (1, -9)], signal.SIGTERM, [1, -9]) and time.monotonic() - began < 10
+    assert capsys.readouterr().err == "WARNING rank 1 has not left though told to, and is killed\n"
+
+
+def test_nobody_is_started_beside_a_rank_that_could_not_be_killed(monkeypatch):
+    starts = []
+    monkeypatch.setattr(node, "sent_on", lambda: [])
+    monkeypatch.setattr(node, "_start", lambda *start: starts.append(start))
+    monkeypatch.setattr(node, "_watched", lambda *_: node.Ended([(0, PEER)], None, [PEER, None]))
+    node.launched(["toy"], 2, 3, False)
+    assert len(starts) == 1
+
+
+def test_where_a_process_cannot_be_started_those_before_it_are_ended(monkeypatch):
+    started, start = [], subprocess.Popen
+
+    def limited(*arguments, **options):
+        if started:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        started.append(start(*arguments, **options))
+        return started[0]
+
+    monkeypatch.setattr(subprocess, "Popen", limited)
+    with pytest.raises(EngineError, match="process 2 of 2 cannot be started") as raised:
+        node._start(["http.server", "0"], 2, 0)
+    assert raised.value.exit_code == ENVIRONMENT and started[0].wait(20) == -signal.SIGKILL
 
 
 # --- torchrun.sh -----------------------------------------------------------------------------------------------------
