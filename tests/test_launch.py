@@ -122,7 +122,8 @@ def launched(request, tmp_path_factory) -> dict[str, Any]:
     environment.pop("LOGLEVEL", None)
     once, twice = ("done", "numeric", "raise", "kill", "stop", "hung up", "asleep", "port", "stopped", "asked late"), ("asked", "refused", "lost")
     kinds = {**{kind: command() for kind in once}, **{kind: command("--max-restarts", "1") for kind in twice}}
-    processes = {kind: subprocess.Popen([*start, kind], cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    processes = {kind: subprocess.Popen([*start, kind], cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))  # which tests under nohup have ignored
                  for kind, start in kinds.items()}
     deadline = time.monotonic() + 120
     for kind, number in (("stop", signal.SIGTERM), ("hung up", signal.SIGHUP), ("asleep", signal.SIGINT), ("asked late", signal.SIGTERM)):
