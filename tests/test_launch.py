@@ -52,10 +52,13 @@ if kind in ("stop", "hung up", "asleep"):
         os.kill(os.getpid(), signal.SIGSTOP)
     time.sleep(60)
 if kind == "port":
+    while rank == 0 and not os.path.exists("port is taken"):
+        time.sleep(0.05)
     with socket.socket() as another:
         try:
             another.bind(("127.0.0.1", int(os.environ["MASTER_PORT"])))
         except OSError:
+            open("port is taken", "w").close()
             sys.exit(0)
     sys.exit(1)
 if kind in ("asked", "refused", "lost"):
