@@ -46,9 +46,9 @@ if kind == "raise" and rank == 1:
 if kind == "kill" and rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
 if kind in ("stop", "hung up", "asleep"):
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(6 if kind == "hung up" else 75))  # to tell it from a rank that just dies
     open(f"{kind}{rank}", "w").close()
-    if kind == "asleep" and rank == 0:
+    if kind == "asleep":
         os.kill(os.getpid(), signal.SIGSTOP)
     time.sleep(60)
 if kind == "port":
@@ -132,7 +132,7 @@ def launched(request, tmp_path_factory) -> dict[str, Any]:
     for kind, number in (("stop", signal.SIGTERM), ("hung up", signal.SIGHUP), ("asleep", signal.SIGINT), ("asked late", signal.SIGTERM)):
         while not all((folder / f"{kind}{rank}").exists() for rank in (0, 1)) and time.monotonic() < deadline:
             time.sleep(0.05)
-        time.sleep(2 if kind == "asked late" else 0)
+        time.sleep(2 if kind == "asleep" else 0)  # they fall asleep, and of those asked late one hears that the other has failed
         processes[kind].send_signal(number)
     ended = {"folder": folder}
     for kind, process in processes.items():
@@ -149,7 +149,7 @@ def launched(request, tmp_path_factory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind, code, stderr", [
-    ("done", DONE, ""), ("port", DONE, ""), ("numeric", NUMERIC, ""), ("stop", PREEMPTED, ""), ("hung up", PREEMPTED, ""), ("asleep", PREEMPTED, ""),
+    ("done", DONE, ""), ("port", DONE, ""), ("numeric", NUMERIC, ""), ("stop", PREEMPTED, ""), ("hung up", NUMERIC, ""), ("asleep", PREEMPTED, ""),
     ("stopped", NUMERIC, ""), ("asked late", NUMERIC, ""),
     ("raise", 1, "ValueError: toy"), ("kill", PEER, "SIGKILL"),
 ])
