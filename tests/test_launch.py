@@ -50,7 +50,8 @@ if kind in ("stop", "hung up", "asleep"):
     open(f"{kind}{rank}", "w").close()
     if kind == "asleep":
         os.kill(os.getpid(), signal.SIGSTOP)
-    time.sleep(60)
+    for _ in range(600):  # one sleep of a minute would not end for a signal that comes just before it begins
+        time.sleep(0.1)
 if kind == "port":
     while rank == 0 and not os.path.exists("port is taken"):
         time.sleep(0.05)
