@@ -6,6 +6,7 @@ Ranks are forked from the test process, which has imported all that they need: f
 import ctypes
 import faulthandler
 import gc
+import itertools
 import json
 import os
 import resource
@@ -15,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -188,14 +190,23 @@ def pytest_collection_finish() -> None:
     gc.freeze()  # forks share these pages as long as nobody looks for garbage in them
 
 
+PORTS = itertools.count(10_000 + os.getpid() * 100 % 20_000)  # below those that the system hands out: two who ask it may be told the same
+
+
+def free_port() -> int:
+    """One on which nobody listens, another each time."""
+    while True:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port := next(PORTS)))
+            return port
+
+
 class Ranks:
     """Forked processes that each call `main` as one rank of `size`; their output goes to `log`."""
 
     def __init__(self, size: int, main: Callable[[], int | None], log: Path) -> None:
         self.log = log
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.pids = [self._fork(rank, size, port, main) for rank in range(size)]
         self.codes: list[int] | None = None
 

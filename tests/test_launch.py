@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import free_port
 
 from engine import node, saver
 from engine.errors import BUG, CHECKPOINT, DONE, ENVIRONMENT, NUMERIC, PEER, PREEMPTED, USER, EngineError
@@ -101,15 +102,9 @@ if kind == "saving":
 """
 
 
-def a_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def of_several(nodes: int = 1) -> list[str]:
     """torchrun's options for the first of several nodes; it takes one, too."""
-    return ["--nnodes", str(nodes), "--node-rank", "0", "--master-addr", "127.0.0.1", "--master-port", a_port()]
+    return ["--nnodes", str(nodes), "--node-rank", "0", "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
 
 
 @pytest.fixture(scope="module", params=["node", "nodes"])

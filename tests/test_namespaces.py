@@ -14,7 +14,7 @@ from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
-from conftest import Ranks
+from conftest import Ranks, free_port
 from test_preemption import last_step, saved, until
 from test_resume import FULL, LONG, result, steps_done
 from test_watchdog import ENDLESS, command, lines
@@ -125,12 +125,6 @@ def test_a_partition_ends_both_sides(recipe, two_hosts, cable, tmp_path, number)
 
 
 # --- the port --------------------------------------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def placed(port: int, arguments: list[str], missing: int = -1) -> int:

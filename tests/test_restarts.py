@@ -11,8 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from test_namespaces import free_port
+from conftest import ROOT, free_port
 from test_preemption import last_step, until
 from test_resume import FULL, result, steps_done
 from test_watchdog import command
