@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ import torch
 from conftest import ROOT, held, loaded, write_rows
 from safetensors.torch import save
 
-from engine import adapter, checkpoint, config, rundir, tensorfile, train
+from engine import adapter, checkpoint, config, distributed, rundir, tensorfile, train
 from engine.checkpoint import Snapshot
 from engine.errors import CHECKPOINT, SECURITY, USER, EngineError
 from engine.models import weights
@@ -249,16 +250,23 @@ def listeners(pids: set[int]) -> set[str]:
     """Local addresses, as the kernel writes them, of the sockets on which these processes listen."""
     held = set()
     for pid in pids:
-        try:
-            held |= {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()}
-        except OSError:
-            continue
+        for link in Path(f"/proc/{pid}/fd").glob("*"):
+            with suppress(OSError):  # it is closed
+                held.add(os.readlink(link))
     lines = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
     return {line[1].rpartition(":")[0] for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in held}
 
 
 def test_one_node_listens_on_loopback_alone(launched):
     assert launched["sockets"] == {"0100007F"}, "127.0.0.1 and no other, and at least that of the ranks was seen"
+
+
+def test_so_do_ranks_whose_launcher_has_opened_no_socket_for_them(ranks):
+    def listens() -> int:
+        distributed.init("cpu", 60.0)
+        return listeners({os.getpid()}) != {"0100007F"}
+
+    assert ranks(2, listens).wait(60) == [0, 0]
 
 
 def test_secrets_of_the_environment_are_nowhere(launched):
