@@ -215,6 +215,8 @@ def options() -> dict[str, Any]:
 # What data and model paths hold is compared by content instead.
 HARDWARE = ("run.", "log.", "evaluate.", "checkpoint.", "resume.", "export.", "data.cache", "data.workers", "data.train", "data.validation", "model.path",
             "lora.start", "optim.shard", "train.device", "train.micro_batch", "train.activation_checkpointing", "train.attention", "train.timeout_s")
+# Options in which the ranks of one launch may differ, too, as the disks of their nodes do.
+PLACES = ("run.", "data.cache", "data.workers", "data.train", "data.validation", "model.path", "lora.start", "train.device")
 CONTENT = ("data", "tokenizer", "weights", "adapter")  # by their digests: what the paths hold
 # For commands that train a few steps again: what takes time and does not touch the weights is left out.
 WITHOUT_EXTRAS = ("data.validation=null", "evaluate.exact_match_rows=0", "export.kinds=[]", "log.tensorboard=false")
@@ -230,6 +232,11 @@ def flat(recipe: Recipe) -> dict[str, Any]:
 def semantic(recipe: Recipe) -> dict[str, Any]:
     """The options that decide the result of a run."""
     return {key: value for key, value in flat(recipe).items() if not key.startswith(HARDWARE)}
+
+
+def shared(recipe: Recipe) -> dict[str, Any]:
+    """The options that are one value on all ranks: by many of them ranks decide what they exchange, and when."""
+    return {key: value for key, value in flat(recipe).items() if not key.startswith(PLACES)}
 
 
 def _wrong_allowances(names: list[str]) -> Iterator[tuple[str, str]]:

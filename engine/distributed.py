@@ -209,9 +209,14 @@ def close(world: World) -> None:
 
 @watchdog.exchange()
 def wrap(model: nn.Module, world: World) -> nn.Module:
-    """`model` in DistributedDataParallel, so that backward sums gradients over ranks; `model` itself in a world of one."""
+    """`model` in DistributedDataParallel, so that backward sums gradients over ranks; `model` itself in a world of one.
+
+    Raises:
+        EngineError: ranks hold other bits, where DDP would hand out rank 0's and say nothing.
+    """
     if world.size == 1:
         return model
+    check_replicas(dict(model.named_parameters()), world)
     wrapped = DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None,
                                       gradient_as_bucket_view=True)
     _WRAPPED.append(wrapped)
@@ -327,8 +332,8 @@ def check_replicas(tensors: dict[str, Tensor], world: World) -> None:
         number = int(differs.any(0).nonzero()[0])
         ranks = ", ".join(map(str, differs[:, number].nonzero()[:, 0].tolist()))
         raise EngineError("PEER-REPLICA", f"{list(tensors)[number]} differs from rank 0's on rank {ranks} (and {int(differs.any(0).sum()) - 1} more "
-                          "parameters differ); expected the same bits everywhere. Nothing was saved: look at these ranks' hardware, then start "
-                          "again, which resumes from the last checkpoint", PEER)
+                          "parameters differ); expected the same bits everywhere. Nothing was saved: look at these ranks' hardware, before the first "
+                          "step at their nodes' copies of the model, too, then start again, which resumes from the last checkpoint", PEER)
 
 
 def fork_ranks(size: int, main: Callable[[list[str]], int | None], log: Path, threads: int) -> list[int]:

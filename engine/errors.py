@@ -44,6 +44,7 @@ class EngineError(Exception):
     def __init__(self, name: str, text: str, exit_code: int = USER) -> None:
         super().__init__(text)
         self.name, self.text, self.exit_code = name, text, exit_code
+        self.is_first = False  # whether no other rank has failed before
 
     def __str__(self) -> str:
         return f"ERROR E-{self.name} {self.text}"
@@ -74,8 +75,8 @@ def restarts_in_launch() -> int:
 def run(main: Callable[[list[str]], int | None], needs_reader: bool = True) -> None:
     """Runs `main(argv)` and leaves the process with the exit code that belongs to what happened.
 
-    A mistake of the user's is the same on every rank, so rank 0 alone prints it; a failure that can strike one
-    rank is printed by that rank, with its number.
+    A mistake of the user's is the same on every rank, so rank 0 prints it, and who finds it first, for the launcher ends the others then; a
+    failure that can strike one rank is printed by that rank, with its number.
     """
     prepare(needs_reader)
     collector.rest()
@@ -165,7 +166,7 @@ def _print(error: EngineError) -> None:
     rank = rank_in_launch()
     if rank == 0:
         print(error, file=sys.stderr)
-    elif error.exit_code not in (USER, CHECKPOINT, NUMERIC):
+    elif error.exit_code not in (USER, CHECKPOINT, NUMERIC) or (error.exit_code == USER and error.is_first):
         print(f"[rank {rank}] {error}", file=sys.stderr)
 
 
@@ -188,7 +189,9 @@ def recorded(path: Path, rank: int) -> Iterator[None]:
         code = error.exit_code if isinstance(error, EngineError) else BUG
         detail = str(error) if isinstance(error, EngineError) else traceback.format_exc()
         if not isinstance(error, (SystemExit, KeyboardInterrupt)):
-            _note(path, code, detail)
+            is_first = _note(path, code, detail)
+            if isinstance(error, EngineError):
+                error.is_first = is_first
         if code == BUG and isinstance(error, Exception):
             print(f"[rank {rank}] {detail}", file=sys.stderr, flush=True)
             raise EngineError("BUG", f"{type(error).__name__}: {error}; the traceback above belongs in a report", BUG) from error
@@ -210,11 +213,15 @@ def last(folder: Path) -> EngineError | None:
     return EngineError(name, text, code)
 
 
-def _note(path: Path, code: int, message: str) -> None:
-    """All of it or nothing, and the first rank's alone: the disk may be what failed, and that must still be reported."""
-    with suppress(OSError):
-        if path.parent.is_dir() and not path.exists():
-            try:
-                path.write_text(json.dumps({"exit_code": code, "rank": rank_in_launch(), "message": shown(message)}, indent=2) + "\n", encoding="utf-8")
-            except OSError:
-                path.unlink(missing_ok=True)
+def _note(path: Path, code: int, message: str) -> bool:
+    """Whether this rank's is the first, which alone is written, all of it or nothing: the disk may be what failed, and that must still be reported."""
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(json.dumps({"exit_code": code, "rank": rank_in_launch(), "message": shown(message)}, indent=2) + "\n")
+    except FileExistsError:
+        return False
+    except OSError:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        return False
+    return True

@@ -3,10 +3,11 @@
 Llama and Qwen2 architectures. Quantised weights are widened, which adds size and no accuracy. What the file holds and the
 folder would not is refused by name. Memory: one of the folder's files, and one tensor in fp32.
 
-Read downward: the whole, config, weights, tokenizer. The format: docs/gguf.md and gguf-py in ggml's repositories.
+Read downward: the whole, header, config, weights, tokenizer. The format: docs/gguf.md and gguf-py in ggml's repositories.
 """
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -62,6 +63,7 @@ def to_folder(source: Path, target: Path, dtype: str) -> None:
     from engine.precision import DTYPES
 
     try:
+        check_header(source)
         file = gguf.GGUFReader(source)
         metadata = Metadata((name, field.contents()) for name, field in file.fields.items())
     except (OSError, ValueError, LookupError, OverflowError) as error:
@@ -77,6 +79,58 @@ def to_folder(source: Path, target: Path, dtype: str) -> None:
         weights.build(building, "pretrained", 0, DTYPES[dtype], DTYPES[dtype], torch.device("meta"))
         if (size := load_tokenizer(building).size) > config["vocab_size"]:
             metadata.refuse(f"the tokenizer has {size} ids, token_embd.weight {config['vocab_size']} rows")
+
+
+# ---- Header ---------------------------------------------------------------------------------------------------------
+
+STRING, ARRAY = 8, 9  # types of values; of others their bytes
+BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+ITEMS = 1 << 22  # keys, values in arrays and tensors: the largest vocabularies with their merges have under two millions
+
+
+def check_header(source: Path) -> None:
+    """Holds what the header claims against the file. The library takes it on trust: it reads on beyond the end, and keeps an object an item.
+
+    Raises:
+        ValueError: the header is longer than the file, or has more than any model's.
+        OSError: the file cannot be read.
+    """
+    with source.open("rb") as file:
+        size, items, order = os.fstat(file.fileno()).st_size, 0, "little"
+
+        def number(width: int) -> int:
+            if len(found := file.read(width)) < width:
+                raise ValueError("it ends within its header")
+            return int.from_bytes(found, order)
+
+        def skip(width: int) -> None:
+            if width > size - file.tell():
+                raise ValueError(f"at byte {file.tell():,} its header claims {width:,} bytes, the file has {size - file.tell():,} more")
+            file.seek(width, os.SEEK_CUR)
+
+        def take(count: int, what: str) -> int:
+            nonlocal items
+            items += count
+            if items > ITEMS:
+                raise ValueError(f"its header claims {count:,} {what}, expected at most {ITEMS:,} in all")
+            return count
+
+        skip(4)
+        if not number(4) & 0xFFFF:  # the version, written in the other order
+            order = "big"
+        take(number(8), "tensors")
+        for _ in range(take(number(8), "keys")):
+            skip(number(8))
+            kind, count = number(4), 1
+            if kind == ARRAY:
+                kind, count = number(4), take(number(8), "values in an array")
+            if kind == STRING:
+                for _ in range(count):
+                    skip(number(8))
+            elif kind in BYTES:
+                skip(count * BYTES[kind])
+            else:
+                raise ValueError(f"its header has a value of type {kind}, expected one of its simple types")
 
 
 # ---- Config ---------------------------------------------------------------------------------------------------------

@@ -12,6 +12,9 @@ from engine.adamw_bf16 import AdamWBF16
 from engine.config import Optim
 from engine.distributed import World
 from engine.dropout import mix
+from engine.errors import CHECKPOINT, EngineError
+
+SLOTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def build(trained: dict[str, nn.Parameter], cfg: Optim, seed: int, world: World) -> tuple[torch.optim.Optimizer, str]:
@@ -99,15 +102,27 @@ def load_state(optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter
     """Gives back what `state` took, to each rank what it holds: of an open file no more than that is read, one tensor at a time.
 
     A parameter without an entry had not been updated yet.
+
+    Raises:
+        EngineError: names, shapes or types are not those of the parameters' moments.
     """
+    names = {key.rpartition(".")[0] for key in tensors} & trained.keys()
+    if wrong := sorted(set(tensors) ^ {f"{name}.{slot}" for name in names for slot in SLOTS}):
+        raise _foreign(wrong[0], "nothing" if wrong[0] in tensors else "one", "one" if wrong[0] in tensors else "nothing")
     own = _own(optimizer)
     held = {parameter for group in own.param_groups for parameter in group["params"]}
     for key in tensors:
         name, _, slot = key.rpartition(".")
         parameter = trained[name]
         if parameter in held:  # steps are counted on the CPU, but where the kernel is fused
-            value = tensors[key]
+            value, like = tensors[key], parameter if slot != "step" else torch.zeros(())
+            if (value.shape, value.dtype) != (like.shape, like.dtype):  # kernels would read and write beyond it
+                raise _foreign(key, *(f"{list(one.shape)} {str(one.dtype).removeprefix('torch.')}" for one in (like, value)))
             own.state[parameter][slot] = value if slot == "step" and not own.defaults.get("fused") else value.to(parameter.device)
+
+
+def _foreign(key: str, expected: str, found: str) -> EngineError:
+    return EngineError("CHECKPOINT-WEIGHTS", f"the checkpoint's moments are not the model's: {key}: expected {expected}, found {found}", CHECKPOINT)
 
 
 def _own(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import ENVIRONMENT, EngineError
+from engine.publish import fsync, published
 
 
 class Record:
@@ -19,6 +20,7 @@ class Record:
         self.path = path
         _keep_steps(path, last)
         self.file = path.open("ab", buffering=0)
+        fsync(path.parent)
 
     def add(self, line: dict[str, Any]) -> None:
         """
@@ -62,16 +64,16 @@ def _keep_steps(path: Path, last: int) -> None:
     """Drops the lines that a run wrote after the checkpoint it now resumes from, and whatever is no line: one cut in the middle, zeros."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_bytes().split(b"\n")[:-1]:
+    kept, there = [], path.read_bytes()
+    for line in there.split(b"\n")[:-1]:
         try:
             if 0 <= json.loads(line)["step"] <= last:
                 kept.append(line + b"\n")
         except (ValueError, TypeError, LookupError):
             continue
-    replacement = path.with_suffix(".tmp")
-    replacement.write_bytes(b"".join(kept))
-    os.replace(replacement, path)
+    if (text := b"".join(kept)) != there:
+        with published(path) as building:
+            building.write_bytes(text)
 
 
 def plain(value: Any) -> Any:

@@ -41,7 +41,7 @@ def choose(cfg: Recipe) -> Path:
             number += 1
             path = folder / f"{cfg.run.name}-{number}"
     except OSError as error:
-        raise _no_name(path, error) from error
+        raise _unusable(path, error) from error
     return path
 
 
@@ -53,8 +53,10 @@ def locked(path: Path, rank: int) -> Iterator[None]:
         yield
         return
     try:
+        made = [folder for folder in (path / "checkpoints", *path.parents) if not folder.exists()]
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)  # not made again later: a run that was moved away is missed
-        for folder in (path, path.parent):  # checkpoints outlive a loss of power only if the names above theirs do
+        # Checkpoints outlive a loss of power only if the names above theirs do.
+        for folder in dict.fromkeys((path, path.parent, *(folder.parent for folder in made))):
             fsync(folder)
         lock = (path / ".lock").open("a+", encoding="utf-8")
         lock_now(lock)
@@ -66,9 +68,7 @@ def locked(path: Path, rank: int) -> Iterator[None]:
         raise EngineError("ENVIRONMENT-LOCK", f"{path}: another run is using it, {lock.read() or 'one that has just begun'}; "
                           "wait for it, or choose another run.name", ENVIRONMENT) from error
     except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            raise _no_name(path, error) from error
-        raise EngineError("ENVIRONMENT-RUN", f"{path}: cannot be written: {error}; set run.folder", ENVIRONMENT) from error
+        raise _unusable(path, error) from error
     with lock:
         restarts.check(path, rank)
         yield
@@ -87,7 +87,8 @@ def describe(path: Path, cfg: Recipe, facts: dict[str, Any], start: int = 0) -> 
               "python": platform.python_version(), "versions": {name: installed(name) for name in PACKAGES}, "machine": hardware(), **facts}
     if start and (changed := _other_bits(path / "run.json", record)):
         warn(f"{path}: resumed with {'; '.join(changed)} (before → now): results may no longer be those of one run to the bit")
-    (path / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    with published(path / "run.json") as building:  # the next launch needs what it says of the base
+        building.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def sources() -> str:
@@ -148,8 +149,10 @@ def commit() -> str:
         return "unknown"
 
 
-def _no_name(path: Path, error: OSError) -> EngineError:
-    return EngineError("CONFIG-RUN", f"{path}: {error.strerror}; set run.folder and run.name to what can be a folder", USER)
+def _unusable(path: Path, error: OSError) -> EngineError:
+    if error.errno == errno.ENAMETOOLONG:
+        return EngineError("CONFIG-RUN", f"{path}: {error.strerror}; set run.folder and run.name to what can be a folder", USER)
+    return EngineError("ENVIRONMENT-RUN", f"{path}: cannot be written or read: {error}; look at its disk and owner, or set run.folder", ENVIRONMENT)
 
 
 def _cpu_name() -> str:

@@ -24,6 +24,7 @@ from engine.errors import ENVIRONMENT, EngineError
 SHARE = 0.01  # of the time at most, that saves by the clock hold the loop up: what takes 3 s to copy is saved every 5 min, not every minute
 PATIENCE_S = 300.0  # that a run which failed gives the save in flight, when its peers know and have left
 DISK_S = 2.0  # where the failure was a disk's
+NO_DISKS = ("ENVIRONMENT-MEMORY", "ENVIRONMENT-GPU")  # failures of the machine that a disk has no part in
 
 
 class Saver:
@@ -57,7 +58,7 @@ class Saver:
         if not (thread := self.thread):  # held, for this may be the watchdog's thread, and the loop's lets go of it
             return
         thread.join(DISK_S)
-        of_disk = isinstance(error, EngineError) and error.exit_code == ENVIRONMENT and error.name != "ENVIRONMENT-MEMORY"
+        of_disk = isinstance(error, EngineError) and error.exit_code == ENVIRONMENT and error.name not in NO_DISKS
         if thread.is_alive() and not of_disk:
             print(f"the run has failed; finishing the checkpoint in flight, for {PATIENCE_S:g} s at most; a second signal leaves at once", file=sys.stderr,
                   flush=True)
@@ -69,7 +70,7 @@ class Saver:
         Raises:
             EngineError, OSError: the last save failed.
         """
-        if self.thread and not self.thread.is_alive():
+        if self.error or (self.thread and not self.thread.is_alive()):
             self.wait()
         interval = max(self.cfg.every_s, self.held / SHARE)
         return bool(self.speaks and self.cfg.every_s and not self.thread and time.monotonic() - self.began >= interval)
@@ -81,16 +82,19 @@ class Saver:
         Raises:
             EngineError: replicas differ, and nothing is saved; or the last save failed, then also OSError.
         """
-        began = time.monotonic()
+        called, known = time.monotonic(), bool(self.buffers)
+        if self.speaks:
+            self.wait()
+        self.began = time.monotonic()
         distributed.check_replicas(kept, world)
         moments = optim.state(optimizer, kept, world)  # sharded ones cross to rank 0, so every rank takes part
         if self.speaks:
-            self.wait()
             self.taken = step, checkpoint.Snapshot(self._copied(kept), self._copied(moments), copy.deepcopy(state))
             if world.device.type == "cuda":
                 torch.cuda.synchronize(world.device)
-        self.began, self.held = began, time.monotonic() - began
-        return self.held
+        ended = time.monotonic()
+        self.held = ended - self.began if known else 0.0  # what each save costs: not the wait for one before, nor the memory that the first one asks for
+        return ended - called
 
     def write(self, leaving: bool, *first: Callable[[], None]) -> None:
         """Begins to write what was taken, if anything was; waits for its end where the run is `leaving`.

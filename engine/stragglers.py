@@ -1,35 +1,41 @@
 """A rank that is much slower than the others, reported once: each waits for the slowest in every step, and nobody would know for whom."""
 
+from collections.abc import Collection
 from statistics import median
 
+from engine.data.loader import MicroBatch
 from engine.distributed import World
 from engine.errors import warn
 from engine.metrics import Stopwatch
 
 STEPS = 20  # over which times are added up
-FACTOR = 2.0  # times the others' median
+FACTOR = 2.0  # times what its work takes by the others' median
 LOST_S = 0.5  # seconds that the others wait in so many steps, at least
 PARTS = ("data", "forward")  # what a rank spends in them is its own; a backward and an optimizer step may wait for others
 
 
 class Stragglers:
-    """Ranks tell their own seconds of each step in the sums that they exchange anyway: each adds to a place that is its alone."""
+    """Ranks tell their own seconds and tokens of each step in the sums that they exchange anyway: each adds to places that are its alone."""
 
     def __init__(self, world: World) -> None:
         self.world, self.told = world, world.size == 1
         self._begin()
 
     def _begin(self) -> None:
-        self.steps, self.seconds = 0, [0.0] * self.world.size
+        self.steps, self.spent = 0, [0.0] * (2 * self.world.size)
 
-    def own(self, watch: Stopwatch) -> list[float]:
-        """What this rank adds to a step's sums."""
-        return [0.0 if self.told or rank != self.world.rank else watch.spent(PARTS) for rank in range(self.world.size)]
+    def own(self, watch: Stopwatch, batches: Collection[MicroBatch]) -> list[float]:
+        """What this rank adds to a step's sums: (2 × ranks), seconds of each, then tokens of each."""
+        own = [0.0] * len(self.spent)
+        if not self.told:
+            own[self.world.rank] = watch.spent(PARTS)
+            own[self.world.size + self.world.rank] = sum(sum(batch.lengths) for batch in batches)
+        return own
 
     def noted(self, sums: list[float]) -> list[float]:
-        """`sums` without the seconds of ranks, which are looked at."""
-        *sums, seconds = *sums[: -self.world.size], sums[-self.world.size :]
-        self.steps, self.seconds = self.steps + 1, [before + more for before, more in zip(self.seconds, seconds, strict=True)]
+        """`sums` without what ranks have told, which is looked at."""
+        *sums, spent = *sums[: -len(self.spent)], sums[-len(self.spent) :]
+        self.steps, self.spent = self.steps + 1, [before + more for before, more in zip(self.spent, spent, strict=True)]
         if self.steps == STEPS:
             self._look()
             self._begin()
@@ -38,12 +44,16 @@ class Stragglers:
     def _look(self) -> None:
         if self.told:
             return
-        slowest = max(range(self.world.size), key=self.seconds.__getitem__)
-        others = median(seconds for rank, seconds in enumerate(self.seconds) if rank != slowest)
-        if self.seconds[slowest] < max(FACTOR * others, others + LOST_S):
+        seconds, tokens = self.spent[: self.world.size], self.spent[self.world.size :]
+        slowest = max(range(self.world.size), key=seconds.__getitem__)
+        rates = [one / work for rank, (one, work) in enumerate(zip(seconds, tokens, strict=True)) if rank != slowest and 2 * work >= tokens[slowest]]
+        if not rates:  # it alone has so much to do
+            return
+        expected = tokens[slowest] * median(rates)
+        if seconds[slowest] < max(FACTOR * expected, expected + LOST_S):
             return
         self.told = True
         if self.world.is_first:
-            each = ", ".join(f"rank {rank}: {1000 * seconds / STEPS:.0f}" for rank, seconds in enumerate(self.seconds))
+            each = ", ".join(f"rank {rank}: {1000 * one / STEPS:.0f}" for rank, one in enumerate(seconds))
             warn(f"rank {slowest} is slow, and the others wait for it in every step; own milliseconds a step, of data and forward, over "
                  f"{STEPS} steps: {each}; look at what else runs on its machine")

@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
         identity = {**config.semantic(cfg), "data": rows.digest, "tokenizer": tokenizer.digest,
                     "weights": weights.identity(model, source, cfg.model.init),
                     "adapter": adapter.digest(Path(cfg.lora.start)) if cfg.lora.start else None}
-        distributed.check_same({**identity, **rundir.program(), "data.validation": held_out and held_out.digest}, world)
+        distributed.check_same({**config.shared(cfg), **identity, **rundir.program(), "data.validation": held_out and held_out.digest}, world)
         start, best, counted, seen, owed = distributed.from_first(newest or 0, world), {"step": None, "loss": math.inf}, ledger.Counts(), {}, None
         if start:
             with checkpoint.opened(run / "checkpoints", start, verify=world.local_rank == 0 < world.rank) as saved:  # rank 0 has done it
@@ -88,6 +88,18 @@ def main(argv: list[str]) -> int:
                 scale.load(scale.state() if "train.precision" in changed else saved.state["scale"])
                 best, seen, owed = saved.state["best"], saved.state["losses"], held_out and saved.state.get("owed")
                 counted = ledger.go_on(plan, start, saved.state, changed)
+
+        # ---- Wrap: ddp_model runs forward in training, model is for all else ----------------------------------------
+        ddp_model = distributed.wrap(model.train(), world)
+
+        def forward(batch, step: int, by_source=None):
+            """Sum of the negative log-likelihoods of a micro-batch's targets, fp32; adds each source's part to `by_source`."""
+            keys.set(step, batch.places, batch.lengths)
+            with types.context():
+                hidden = ddp_model(batch.ids, batch.positions, PackedAttention(batch.documents, device, attention))
+                return summed_cross_entropy(hidden[batch.at], model.lm_head.weight, batch.targets, batch.sources, by_source)
+
+        distributed.settle(ddp_model, lambda: forward(loader.empty(device), 0))
 
         # ---- What will happen, in words and as an equation ----------------------------------------------------------
         flops, (peak, peak_source) = metrics.Flops(model), metrics.peak_flops(device)
@@ -106,18 +118,6 @@ def main(argv: list[str]) -> int:
         if judged:
             log.step(start, {**(owed or {}), **judged.scalars})
             best = checkpoint.best_of(best, judged.loss, start)
-
-        # ---- Wrap: ddp_model runs forward in training, model is for all else ----------------------------------------
-        ddp_model = distributed.wrap(model.train(), world)
-
-        def forward(batch, step: int, by_source=None):
-            """Sum of the negative log-likelihoods of a micro-batch's targets, fp32; adds each source's part to `by_source`."""
-            keys.set(step, batch.places, batch.lengths)
-            with types.context():
-                hidden = ddp_model(batch.ids, batch.positions, PackedAttention(batch.documents, device, attention))
-                return summed_cross_entropy(hidden[batch.at], model.lm_head.weight, batch.targets, batch.sources, by_source)
-
-        distributed.settle(ddp_model, lambda: forward(loader.empty(device), 0))
         boxes = blackbox.Recorder(run, cfg, saver, world, rows, tokenizer, trained, scale, ddp_model, forward, seen)
 
         # ---- Loop ---------------------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ def main(argv: list[str]) -> int:
 
             # Ranks agree on the losses, on having trained every document of the step once, on whether to stop and whether to save.
             *losses, asked, timed, documents, numbers, tokens, targets = stragglers.noted(distributed.sum_over_ranks(
-                [*losses.tolist(), stop.asked, saver.is_due(), *ledger.Counts.of(batches), *stragglers.own(watch)], world))
+                [*losses.tolist(), stop.asked, saver.is_due(), *ledger.Counts.of(batches), *stragglers.own(watch, batches)], world))
             counted += ledger.as_planned(step, (documents, numbers, tokens, targets))
             norm = optim.gradient_norm(trained.values(), scale.value)
             finite, used_scale = math.isfinite(sum(losses)) and math.isfinite(norm), scale.value

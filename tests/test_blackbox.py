@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import time
 from collections import deque
@@ -16,6 +17,7 @@ from test_resume import FULL, LONG, LORA, result, stop_after
 from engine import blackbox, checkpoint, distributed, dropout, linear, optim, replay, space, train
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import BUG, CHECKPOINT, NUMERIC, PEER, PREEMPTED, USER, EngineError, rank_in_launch
+from engine.models import weights
 
 
 def at_step(step: int, rank: int, arguments: list[str], what) -> int:
@@ -227,6 +229,25 @@ def flip_a_bit(step: int, rank: int, arguments: list[str]) -> int:
 
     optim.build, dropout.DropoutKeys.set = keep, keys_set
     return train.main(arguments)
+
+
+def test_ranks_that_begin_with_other_weights_are_told_before_anything_is_judged(recipe, ranks, tmp_path):
+    """As by a node's own copy of the model: trained weights are in no digest, and DDP would hand out rank 0's without a word."""
+    def main() -> int:
+        build = weights.build
+
+        def another(*arguments):
+            model = build(*arguments)
+            if os.environ["RANK"] == "1":
+                model.model.norm.weight.data[3] += 1e-3
+            return model
+
+        weights.build = another
+        return train.main(recipe(*FULL, f"data.validation={tmp_path / 'rows.jsonl'}"))
+
+    started = ranks(2, main)
+    assert started.wait() == [PEER] * 2 and "model.norm.weight differs from rank 0's on rank 1 (and 0 more" in started.log.read_text()
+    assert not (tmp_path / "runs/run/metrics.jsonl").exists()
 
 
 @pytest.mark.faults

@@ -15,13 +15,13 @@ from conftest import ROOT, ragged_rows, steps, write_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine import train
+from engine import checkpoint, errors, train
 from engine.config import Data
 from engine.data import build, cache, dataset, ledger
 from engine.data.loader import Loader
 from engine.data.plan import Plan
 from engine.data.tokenizer import load_tokenizer
-from engine.errors import BUG, CHECKPOINT, PEER, EngineError
+from engine.errors import BUG, CHECKPOINT, PEER, USER, EngineError
 
 
 @pytest.fixture
@@ -409,6 +409,32 @@ def test_ranks_that_read_different_rows_do_not_train_together(recipe, ranks, tmp
     assert set(started.wait()) == {PEER}
     assert "E-PEER-DIFFERS data: rank 1 has " in started.log.read_text() and "ranks that differ: 1)" in started.log.read_text()
     assert not list((tmp_path / "runs/run/checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("option", ["evaluate.rows=3", "evaluate.every_steps=1", "checkpoint.every_steps=1", "log.spike_z=3", "train.micro_batch=1",
+                                    "optim.shard=true"])
+def test_ranks_that_would_exchange_other_things_do_not_train_together(recipe, ranks, tmp_path, option):
+    """As on nodes whose copies of a recipe differ in an option that may change from launch to launch."""
+    started = ranks(2, lambda: train.main(recipe(f"data.validation={tmp_path / 'rows.jsonl'}", *([option] if os.environ["RANK"] == "1" else []))))
+    assert started.wait() == [PEER] * 2, started.log.read_text()
+    assert f"E-PEER-DIFFERS {option.partition('=')[0]}: rank 1 has " in started.log.read_text()
+    assert not (tmp_path / "runs/run/metrics.jsonl").exists()
+
+
+def test_who_finds_a_mistake_first_tells_it(recipe, ranks, tmp_path):
+    """Rank 0 is still at the checkpoints when the launcher has to end it, for another rank has found that a row is wrong."""
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+
+    def main() -> None:
+        checkpoint.newest_whole = lambda folder: time.sleep(60)
+        sys.argv = ["engine.train", *recipe()]
+        errors.run(train.main)
+
+    started = ranks(3, main)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in started.pids[1:]]
+    os.kill(started.pids[0], signal.SIGTERM)
+    assert codes == [USER] * 2 and os.waitpid(started.pids[0], 0)
+    assert started.log.read_text().count("ERROR E-DATA-") == 1, started.log.read_text()
 
 
 def test_a_split_row_counts_as_trained_when_all_its_pieces_were(load, tmp_path):

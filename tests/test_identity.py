@@ -182,6 +182,22 @@ def test_the_checkpoint_of_another_model_changes_no_parameter(stopped, recipe, t
     assert wanted in text and held and all(torch.equal(parameter, before) for parameter, before in held.values())
 
 
+@pytest.mark.parametrize("change", ["shape", "type", "name", "missing"])
+def test_moments_that_are_not_the_models_are_refused(stopped, tmp_path, change):
+    """Kernels walk a moment as far as its parameter goes."""
+    folder = tmp_path / "runs/run/checkpoints"
+    saved = loaded(folder, 3)
+    tensors = dict(saved.optimizer)
+    key = next(key for key in tensors if key.endswith(".exp_avg"))
+    found = tensors.pop(key)
+    if change != "missing":
+        tensors[f"{key}.other" if change == "name" else key] = {"shape": torch.zeros(1), "type": found.half(), "name": found}[change]
+    shutil.rmtree(folder / "step-000000003")
+    checkpoint.save(folder, 3, checkpoint.Snapshot(saved.model, tensors, saved.state), 9, None)
+    text = refusal(stopped())
+    assert f"moments are not the model's: {key}" in text and ("found [1] float32" in text) == (change == "shape"), text
+
+
 def test_a_checkpoint_of_a_newer_engine_is_refused_and_not_passed_over(stopped, tmp_path):
     path = tmp_path / "runs/run/checkpoints/step-000000003/manifest.json"
     manifest = {key: value for key, value in json.loads(path.read_text()).items() if key != "seal"}

@@ -202,6 +202,33 @@ def test_saves_by_the_clock_cost_a_hundredth_of_the_time_at_most(tmp_path, monke
     assert not loop.saver.is_due()
 
 
+def test_the_clock_waits_for_what_a_save_costs_and_not_for_the_save_before(tmp_path, slow):
+    """A save by step that waits for one in flight holds the loop up once; saves by the clock never wait, so their period is not made longer by it."""
+    loop = Loop(tmp_path, every_s=0.3, keep=9)
+    assert loop.save(1) < 0.1 and loop.save(2) > 0.1, "it did not wait"
+    assert loop.saver.held < 0.003, f"charged {loop.saver.held:.3f} s"
+    loop.saver.wait()
+    time.sleep(0.3)
+    assert loop.saver.is_due()
+
+
+def test_a_first_copy_asks_for_memory_and_is_no_measure_of_the_next(tmp_path):
+    loop = Loop(tmp_path, every_s=60.0, keep=9)
+    loop.save(1, leaving=True)
+    assert loop.saver.held == 0
+    loop.save(2, leaving=True)
+    assert loop.saver.held > 0
+
+
+def test_a_failed_save_that_a_black_box_has_waited_for_ends_the_run_in_the_next_step(tmp_path):
+    loop = Loop(tmp_path / "gone" / "checkpoints", every_s=0.0)
+    loop.save(1)
+    with pytest.raises(EngineError):
+        loop.saver.wait()  # as the black box does, which goes on
+    with pytest.raises(EngineError, match="older checkpoints are untouched"):
+        loop.saver.is_due()
+
+
 def test_the_writers_error_is_raised_wherever_the_loop_comes_next(tmp_path):
     for where in ("is_due", "take", "leaving", "end"):
         loop = Loop(tmp_path / "gone" / "checkpoints", every_s=60.0)
@@ -217,7 +244,8 @@ def test_the_writers_error_is_raised_wherever_the_loop_comes_next(tmp_path):
 
 
 @pytest.mark.parametrize(("error", "patience"), [(ValueError(), "PATIENCE_S"), (EngineError("NUMERIC-X", "", NUMERIC), "PATIENCE_S"),
-                         (EngineError("ENVIRONMENT-MEMORY", "", ENVIRONMENT), "PATIENCE_S"), (EngineError("ENVIRONMENT-RECORD", "", ENVIRONMENT), "DISK_S")])
+                         (EngineError("ENVIRONMENT-MEMORY", "", ENVIRONMENT), "PATIENCE_S"), (EngineError("ENVIRONMENT-GPU", "", ENVIRONMENT), "PATIENCE_S"),
+                         (EngineError("ENVIRONMENT-RECORD", "", ENVIRONMENT), "DISK_S")])
 def test_a_run_that_fails_gives_the_save_in_flight_some_time_and_no_more(tmp_path, slow, monkeypatch, error, patience):
     """Little, where a disk is the cause."""
     monkeypatch.setattr(saver, "DISK_S", 0.02)

@@ -18,8 +18,9 @@ import torch
 from conftest import ROOT, held, loaded, write_rows
 from safetensors.torch import save
 
-from engine import adapter, checkpoint, config, distributed, rundir, tensorfile, train
+from engine import adapter, checkpoint, config, distributed, gguf_in, rundir, tensorfile, train
 from engine.checkpoint import Snapshot
+from engine.data.tokenizer import load_tokenizer
 from engine.errors import CHECKPOINT, SECURITY, USER, EngineError
 from engine.models import weights
 
@@ -178,6 +179,57 @@ def test_an_index_that_is_none_is_told(tiny, tmp_path, text):
     shutil.copytree(tiny, tmp_path / "model")
     (tmp_path / "model" / weights.INDEX).write_text(text)
     refused_as(USER, lambda: weights.build(tmp_path / "model", "pretrained", 0, torch.float32, torch.float32, torch.device("cpu")))
+
+
+def gguf(keys: bytes, count: int = 1, tensors: int = 0) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, count) + keys
+
+
+def key(kind: int, value: bytes) -> bytes:
+    return struct.pack("<Q1sI", 1, b"k", kind) + value
+
+
+@pytest.mark.parametrize("text", [
+    gguf(key(9, struct.pack("<IQ", 0, 1 << 60))), gguf(key(9, struct.pack("<IQ", 0, 1 << 22)) + b"\0" * (1 << 22)), gguf(b"", count=1 << 60),
+    gguf(key(9, struct.pack("<IQ", 9, 1)) * 3000), gguf(key(9, struct.pack("<IQ", 8, 1)) + struct.pack("<Q", (1 << 64) - 1)), gguf(b"", 0, 1 << 40),
+    gguf(struct.pack("<Q", 1 << 63)), gguf(key(13, b"\0" * 8)), b"GGUF", b""])
+def test_a_hostile_gguf_is_refused(tmp_path, text):
+    path = tmp_path / "a.gguf"
+    path.write_bytes(text)
+
+    def read() -> None:
+        with pytest.raises(EngineError) as caught:
+            gguf_in.to_folder(path, tmp_path / "out", "bf16")
+        assert caught.value.exit_code == USER and caught.value.name == "CONVERT-FILE" and not (tmp_path / "out").exists()
+
+    held(read, 3.0, 100)
+
+
+@pytest.mark.parametrize("changes", [
+    {"num_hidden_layers": 10**9}, {"num_hidden_layers": "32"}, {"num_attention_heads": 0}, {"vocab_size": -1}, {"hidden_size": 1.5}, {"head_dim": True},
+    {"rms_norm_eps": "x"}, {"rope_theta": [1]}, {"rope_scaling": "linear"}, {"rope_scaling": {"rope_type": ["a"]}}, {"num_key_value_heads": {}},
+    {"rope_scaling": {"rope_type": "linear", "factor": "2"}}, {"model_type": []}, {"model_type": "qwen2", "use_sliding_window": True, "layer_types": 3},
+    {"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["full_attention"]}, [], 3, "[" * 200_000], ids=lambda changes: str(changes)[:60])
+def test_a_config_that_is_none_is_told(tiny, tmp_path, changes):
+    sound = json.loads((tiny / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**sound, **changes}) if isinstance(changes, dict) else changes if isinstance(changes, str)
+                                          else json.dumps(changes))
+
+    def read() -> None:
+        with pytest.raises(EngineError) as caught:
+            weights.build(tmp_path, "random", 0, torch.float32, torch.float32, torch.device("meta"))
+        assert caught.value.exit_code == USER and caught.value.name in ("MODEL-CONFIG", "MODEL-FAMILY")
+
+    held(read, 1.0, 50)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "[" * 200_000, "{"])
+def test_a_tokenizers_file_that_is_none_is_told(tiny, tmp_path, text):
+    shutil.copy(tiny / "tokenizer.model", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(text)
+    with pytest.raises(EngineError, match="tokenizer_config.json") as caught:
+        load_tokenizer(tmp_path)
+    assert caught.value.exit_code == USER
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../b", "model.safetensors\n"])

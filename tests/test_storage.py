@@ -4,6 +4,7 @@ Disks are real ones in namespaces of mounts (disks.py); full disks are met at ev
 """
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -24,7 +25,7 @@ from conftest import ROOT, Ranks, flip, loaded, repeatable
 from test_resume import FULL, LONG, stop_after
 from test_torn import contents, snapshot
 
-from engine import checkpoint, config, errors, metrics, rundir, space, train
+from engine import checkpoint, config, errors, metrics, publish, rundir, space, train
 from engine.checkpoint import FILES, MANIFEST
 from engine.errors import CHECKPOINT, DONE, ENVIRONMENT, PREEMPTED, SECURITY, USER, EngineError
 from engine.record import Record
@@ -523,6 +524,49 @@ def test_a_name_that_no_folder_can_have_is_told(tmp_path, monkeypatch, folder, n
     assert caught.value.exit_code == code
 
 
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES, errno.ENOTCONN])
+def test_a_mount_that_is_away_is_no_wrong_name(tmp_path, monkeypatch, number):
+    """Its code is that of a disk: a launcher may start again, as it may not after a mistake in the recipe. The system's answer is made here."""
+    def answer(path):
+        raise OSError(number, os.strerror(number), str(path))
+
+    cfg = config.Recipe()
+    cfg.run.folder, cfg.run.name = str(tmp_path), "run"
+    monkeypatch.setattr(Path, "stat", lambda path, **_: answer(path))
+    with pytest.raises(EngineError, match=os.strerror(number)) as caught:
+        rundir.choose(cfg)
+    assert caught.value.exit_code == ENVIRONMENT
+
+
+def test_what_a_resume_needs_of_the_launch_before_outlives_a_disk_that_fills_up(tmp_path):
+    def run() -> None:
+        disk = disks.memory_disk(tmp_path / "disk", 64 << 10)
+        rundir.describe(disk, config.Recipe(), {"base": {"name": "org/name", "commit": "c" * 40}})
+        disks.fill(disk, 4096)  # for the recipe
+        with pytest.raises((EngineError, OSError)):
+            rundir.describe(disk, config.Recipe(), {"base": {"name": "org/name", "commit": "c" * 40}, "more": "x" * 9000})
+        assert rundir.commit_of_base(disk, "org/name") == "c" * 40
+
+    disks.child(run)
+
+
+def test_a_record_outlives_a_loss_of_power(tmp_path, monkeypatch):
+    """Its name, and what takes its place where lines are dropped, before it does; where none is, nothing is written."""
+    synced, path = [], tmp_path / "metrics.jsonl"
+    monkeypatch.setattr(publish.os, "fsync", lambda descriptor: synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+    record = Record(path, -1)
+    assert synced == [tmp_path.name]
+    for step in (1, 2):
+        record.add({"step": step})
+    record.close()
+    inode = path.stat().st_ino
+    Record(path, 2).close()
+    assert path.stat().st_ino == inode
+    synced.clear()
+    Record(path, 1).close()
+    assert synced[:2] == [".tmp-metrics.jsonl", tmp_path.name] and path.read_text() == '{"step": 1}\n'
+
+
 # --- errors that are told although the disk is the trouble -------------------------------------------------------------
 
 
@@ -555,8 +599,12 @@ def test_a_run_directory_that_is_gone_is_no_bug_of_ours(tmp_path):
 def test_the_names_above_the_checkpoints_are_synced(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(rundir, "fsync", synced.append)
-    with rundir.locked(tmp_path / "runs/run", 0):
-        assert synced == [tmp_path / "runs/run", tmp_path / "runs"] and (tmp_path / "runs/run/checkpoints").is_dir()
+    with rundir.locked(tmp_path / "a/runs/run", 0):  # three names are new, and that of the checkpoints
+        assert synced == [tmp_path / "a/runs/run", tmp_path / "a/runs", tmp_path / "a", tmp_path]
+        assert (tmp_path / "a/runs/run/checkpoints").is_dir()
+    synced.clear()
+    with rundir.locked(tmp_path / "a/runs/run", 0):
+        assert synced == [tmp_path / "a/runs/run", tmp_path / "a/runs"]
 
 
 def test_a_disk_that_does_not_say_is_not_held_to_be_full(tmp_path, monkeypatch):

@@ -278,14 +278,17 @@ def test_others_wait_for_one_that_works_alone_as_long_as_it_works(recipe, ranks,
 
 
 def test_a_rank_is_slow_that_takes_twice_the_others_time_over_many_steps(capsys):
-    def told(*each: float, steps: int = 60) -> str:
+    def told(*each: float, steps: int = 60, tokens: tuple[int, ...] = ()) -> str:
         own = stragglers.Stragglers(distributed.World(0, len(each), 0, torch.device("cpu")))
-        assert all(own.noted([1.5, 2.0, *each]) == [1.5, 2.0] for _ in range(steps))
+        assert all(own.noted([1.5, 2.0, *each, *(tokens or [512] * len(each))]) == [1.5, 2.0] for _ in range(steps))
         return capsys.readouterr().err
 
     assert told(0.1, 0.3, 0.1, 0.12).count("WARNING rank 1 is slow") == 1
     assert "rank 0: 100, rank 1: 300, rank 2: 100, rank 3: 120" in told(0.1, 0.3, 0.1, 0.12)
     assert not told(0.1, 0.3, steps=19) and not told(0.1, 0.15, 0.1) and not told(0.001, 0.01) and not told(9.0)
+    # what it has to do is no fault of its machine's: twice the tokens of others, or all of them
+    assert not told(0.3, 0.12, 0.1, tokens=(1024, 512, 512)) and "rank 0 is slow" in told(0.5, 0.12, 0.1, tokens=(1024, 512, 512))
+    assert not told(0.3, 0.001, 0.001, tokens=(512, 1, 1)) and "rank 2 is slow" in told(0.1, 0.001, 0.3, tokens=(512, 1, 512))
 
 
 @pytest.mark.faults

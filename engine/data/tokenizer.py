@@ -325,9 +325,12 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
         raise EngineError("TOKENIZER-FILE", f"{path}: not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise EngineError("TOKENIZER-FILE", f"{path}: got a {type(found).__name__}, expected an object")
+    return found
 
 
 def text_of(token: Any) -> Any:

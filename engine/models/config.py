@@ -4,6 +4,7 @@ What a family adds to Llama is a few fields here, given by its line in `models.F
 beside llama.py. Every field of config.json must be known: to this engine, or as one that arithmetic does not depend on.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +58,9 @@ NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
 DEFAULTS = {"num_key_value_heads": None, "head_dim": None, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
             "initializer_range": 0.02, "rope_theta": 10000.0}
 ROPE = {"rope_parameters", "rope_scaling", "rope_theta"}
+# Whole numbers from 1 on, and what is more than any model has: names and shapes are compared with the weights' only once a model is laid out.
+COUNTS = {**dict.fromkeys((*NEEDED, "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"), 1 << 31), "num_hidden_layers": 10_000}
+REALS = ("rms_norm_eps", "initializer_range", "rope_theta")
 # Fields with one value that is computed here; what is not in config.json has it.
 ONLY = {"hidden_act": "silu", "mlp_bias": False, "attention_dropout": 0.0, "partial_rotary_factor": 1.0, "rope_interleaved": False}
 # Fields that say nothing about arithmetic: names, ids, types of stored weights, defaults of generation, marks of other tools.
@@ -86,9 +90,19 @@ def read(raw: dict[str, Any], source: str, features: Features, own: dict[str, An
     problems += [f"{key} is {value!r}, a field not known here; if the arithmetic does not depend on it, remove it" for key, value in raw.items()
                  if value not in (None, False, [], {}) and not any(key in some for some in (NEEDED, known, only, INERT, ROPE))]
     filled = {**known, **raw}
-    found = features(filled) if not problems else {}
-    alike = (filled["rope_theta"], raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    ropes = tuple(_rope(theta, given, problems) for theta, given in found.pop("ropes", (alike, alike)))
+    problems += [f"{key} is {str(filled[key])[:50]!r}, expected a whole number from 1 to {most:,}" for key, most in COUNTS.items()
+                 if filled.get(key) is not None and not (type(filled[key]) is int and 1 <= filled[key] <= most)]
+    problems += [f"{key} is {str(filled[key])[:50]!r}, expected a number" for key in REALS if not _is_number(filled[key])]
+    found, ropes = {}, ()
+    if not problems:
+        try:
+            found = features(filled)
+            alike = (filled["rope_theta"], raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+            ropes = tuple(_rope(theta, given, problems) for theta, given in found.pop("ropes", (alike, alike)))
+        except (TypeError, ValueError, LookupError, AttributeError, ZeroDivisionError) as error:
+            problems.append(f"a value is not of the kind that its field has: {error}")
+    if not problems and (count := len(found.get("windows", ()))) not in (0, raw["num_hidden_layers"]):
+        problems.append(f"layer_types has {count} layers, expected num_hidden_layers, {raw['num_hidden_layers']}")
     if problems:
         raise EngineError("MODEL-CONFIG", f"{source}: {'; '.join(dict.fromkeys(problems))}; this engine does not compute such a model")
     heads, layers = raw["num_attention_heads"], raw["num_hidden_layers"]
@@ -108,11 +122,17 @@ def _rope(theta: float, given: dict[str, Any], problems: list[str]) -> Rope:
     theta = given.pop("rope_theta", None) or theta
     if given.pop("partial_rotary_factor", 1.0) != 1.0:
         problems.append("partial_rotary_factor of the positions is not 1")
-    if kind not in ROPE_PARAMETERS:
+    if not all(map(_is_number, (theta, *given.values()))):
+        problems.append(f"the positions have {theta!r} and {given}, expected numbers")
+    elif kind not in ROPE_PARAMETERS:
         problems.append(f"rope type is {kind!r}, expected one of {', '.join(ROPE_PARAMETERS)}")
     elif given.keys() != ROPE_PARAMETERS[kind]:
         problems.append(f"rope type {kind!r} has the parameters {sorted(given)}, expected {sorted(ROPE_PARAMETERS[kind])}")
     return Rope(theta, kind, given)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf
 
 
 def windows(raw: dict[str, Any], slides: Callable[[int], bool]) -> tuple[int | None, ...]:

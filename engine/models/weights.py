@@ -29,10 +29,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The content of config.json, of a family that exists here."""
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise EngineError("MODEL-CONFIG", f"{folder / 'config.json'}: cannot be read: {error}; expected a model folder in Hugging Face layout") from error
-    if raw.get("model_type") not in FAMILIES:
-        raise EngineError("MODEL-FAMILY", f"{folder / 'config.json'}: model_type is {raw.get('model_type')!r}, expected one of {', '.join(FAMILIES)}")
+    kind = raw.get("model_type") if isinstance(raw, dict) else None
+    if not (isinstance(kind, str) and kind in FAMILIES):
+        raise EngineError("MODEL-FAMILY", f"{folder / 'config.json'}: model_type is {kind!r}, expected one of {', '.join(FAMILIES)}")
     return raw
 
 
