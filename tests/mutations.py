@@ -330,9 +330,9 @@ BUGS = [
         "        check_header(source)\n",
         "",
         "tests/test_security.py::test_a_hostile_gguf_is_refused"),
-    Bug("moments of any shape", "engine/optim.py",
-        "if (value.shape, value.dtype) != (like.shape, like.dtype):",
-        "if False:",
+    Bug("moments of any name", "engine/optim.py",  # of any shape ends the tests' process: the kernel writes beyond the moment
+        "if wrong := sorted(",
+        "if wrong := False and sorted(",
         "tests/test_identity.py::test_moments_that_are_not_the_models_are_refused"),
     # ---- ranks that disagree
     Bug("ranks compare no more than what decides a result", TRAIN,
