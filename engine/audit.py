@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
     datasets = {name: found for name, found in (("train", train), ("validation", held_out)) if found is not None}
     written = {name: texts.read(found, cfg.data, tokenizer) for name, found in datasets.items()}
 
-    found = [*checks.misfit(train, tokenizer, family, len(cfg.model.add_tokens)), *checks.findings(train, held_out, cfg.data),
+    found = [*checks.misfit(train, held_out, tokenizer, family, len(cfg.model.add_tokens)), *checks.findings(train, held_out, cfg.data),
              *checks.padding(words, tokenizer, cfg.data), *merges(written["train"])]
     refused = any(one.severity == checks.ERROR for one in found)
     if args.strict:

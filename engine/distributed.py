@@ -38,6 +38,7 @@ UNLIMITED = timedelta(days=7)
 # In the first line of torch's errors: the machine's lack of memory, a GPU or driver that fails, and of these what a wrong kernel or call does.
 NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 OF_GPU = ("CUDA error", "CUDA driver error", "cuDNN error")
+NO_SAME_BITS = "does not have a deterministic implementation"
 OF_KERNEL = ("device-side assert", "illegal memory access", "misaligned address", "invalid argument", "invalid configuration", "_INVALID_VALUE", "BAD_PARAM")
 
 _watchdogs: list[Watchdog] = []  # this rank's, while it is in a group
@@ -62,7 +63,7 @@ def init(device: str, timeout_s: float, deterministic: bool = True) -> World:
 
     Args:
         device: "auto", "cpu" or "cuda". CUDA ranks talk over NCCL, CPU ranks over gloo.
-        deterministic: CUDA's kernels and libraries give the same bits each time, where they have a way to; torch warns of one that has none.
+        deterministic: CUDA's kernels and libraries give the same bits each time; torch refuses an operation that has no way to.
     """
     rank, size, local_rank = _place()
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -79,7 +80,7 @@ def init(device: str, timeout_s: float, deterministic: bool = True) -> World:
         torch.cuda.set_device(where)
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS reads when it is first used
-            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.use_deterministic_algorithms(True)  # by warn_only attention's backward would stay as it is: torch then warns, and adds in any order
             torch.utils.deterministic.fill_uninitialized_memory = False  # with NaN, which would find bugs and takes time
     else:
         # oneDNN keeps a compiled product for every shape it met, megabytes each, up to 1024 of them. Packs differ in shape
@@ -187,6 +188,8 @@ def losses_told() -> Iterator[None]:
         elif isinstance(error, RuntimeError) and any(words in text for words in OF_GPU) and not any(words in text for words in OF_KERNEL):
             told = EngineError("ENVIRONMENT-GPU", f"the GPU of rank {rank} failed in {watchdog.now.place}: {text}; look on that machine for Xid in dmesg and "
                                "for ECC in nvidia-smi -q, then start again, which resumes from the last checkpoint", ENVIRONMENT)
+        elif isinstance(error, RuntimeError) and NO_SAME_BITS in text:
+            told = EngineError("TRAIN-DETERMINISTIC", f"{text.partition(',')[0]}; set train.deterministic=false: repetitions may then differ in the last bits")
         if own:
             own.leave(str(told).splitlines()[0] if isinstance(told, EngineError) else f"{type(error).__name__}: {text}", cause=True)
         if told is error:

@@ -169,8 +169,9 @@ def write_model(path: Path, model: nn.Module, base: Path, words: Path, note: dic
         EngineError: the tokenizer has ids that the model has no embedding for, or lacks the end of the note's template.
     """
     config, tokenizer = {**weights.read_config(base), "vocab_size": model.config.vocab_size}, load_tokenizer(words, base)
-    if tokenizer.size > config["vocab_size"]:
-        raise EngineError("EXPORT-VOCABULARY", f"{words}: the tokenizer has {tokenizer.size} ids, the model {config['vocab_size']}; name the model's own")
+    known = config["vocab_size"]
+    if tokenizer.size > known and (path.suffix == ".gguf" or tokenizer.size > load_tokenizer(base).size):  # a model's own may have ids that nothing writes
+        raise EngineError("EXPORT-VOCABULARY", f"{words}: the tokenizer has {tokenizer.size} ids, the model {known}; name the model's own")
     if path.suffix == ".gguf":
         return gguf_out.write(path, config, merged(model, torch.float32), words, dtype, base)
     path.mkdir()

@@ -137,8 +137,9 @@ class Answerer:
         self.tokenizer = load_tokenizer(words_of(base, args.adapter), base)
         self.stops = stops(self.template, self.tokenizer)
         self.model = load_for_inference(base, args.adapter, DTYPES[dtype], torch.device("cuda" if on_cuda else "cpu"))
-        if self.tokenizer.size > self.model.config.vocab_size:
-            raise EngineError("GENERATE-VOCABULARY", f"{base}: the tokenizer has {self.tokenizer.size} ids, the model {self.model.config.vocab_size}")
+        if (highest := max(self.tokenizer.pieces - 1, *self.prompt(Row(0, (Message("user", "a"),))))) >= self.model.config.vocab_size:
+            raise EngineError("GENERATE-VOCABULARY", f"{base}: the tokenizer, or the template {self.template}, has ids up to {highest}, the model's "
+                              f"vocab_size is {self.model.config.vocab_size}; take the model's own tokenizer")
         self.args, self.calls, self.tokens, self.seconds = args, 0, 0, 0.0
         draws = f"temperature {args.temperature}, top-p {args.top_p}, seed {args.seed}" if args.temperature else "greedy"
         why += ", with a system prompt" if self.system is not None else ""

@@ -112,7 +112,7 @@ def build(cfg: Recipe, base: hub.Base, world: World) -> Subject:
     words = added_tokens.extend(base.folder, cfg.model.add_tokens, Path(cfg.data.cache))
     tokenizer, keys = load_tokenizer(words), DropoutKeys(cfg.train.seed)
     rows = dataset.load(cfg.data, "train", tokenizer, cfg.train.seed)
-    dataset.check_fit(rows, tokenizer, weights.read_config(base.folder), len(cfg.model.add_tokens))
+    dataset.check_fit(rows, None, tokenizer, weights.read_config(base.folder), len(cfg.model.add_tokens))
     plan = Plan(rows.lengths, rows.targets, cfg.data.max_length, cfg.train.global_batch, cfg.data.packing, cfg.data.shuffle, cfg.train.seed, cfg.train.epochs,
                 rows.skipped)
     model = weights.build(base.folder, cfg.model.init, cfg.train.seed, precision.DTYPES[cfg.model.dtype], torch.float32, world.device,

@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
         source, tokenizer_folder = base.folder, added_tokens.extend(base.folder, cfg.model.add_tokens, Path(cfg.data.cache))
         tokenizer, model_config = load_tokenizer(tokenizer_folder), weights.read_config(source)
         rows, held_out = (dataset.load(cfg.data, of, tokenizer, cfg.train.seed) for of in ("train", "validation"))
-        dataset.check_fit(rows, tokenizer, model_config, len(cfg.model.add_tokens))
+        dataset.check_fit(rows, held_out, tokenizer, model_config, len(cfg.model.add_tokens))
         checks.before_training(rows, held_out, cfg.data, speaks=rank == 0)
         if rank == 0:
             chat_template.check(source, cfg.data, tokenizer, rows.first_row())

@@ -63,6 +63,14 @@ def test_rows_are_the_mean_of_those_before(tiny, tmp_path, tied, spare):
     assert torch.equal(model.lm_head(model(ids, positions, attend))[:, :known], before[:, :known])
 
 
+def test_ids_before_those_added_that_had_no_row_get_one(tiny):
+    """The tokenizer of a text model may have a control token behind the vocabulary's end, which no row or template writes."""
+    model = weights.build(tiny, "random", 1, torch.float32, torch.float32, CPU)
+    old = model.model.embed_tokens.weight.clone()
+    weights.add_rows(model, 342, 345)
+    assert torch.allclose(model.model.embed_tokens.weight[340:], old.mean(0).expand(5, -1), atol=1e-7)
+
+
 @pytest.mark.parametrize("options", [(), ("lora.rank=4", "lora.modules_to_save=[embed_tokens,lm_head]", "model.dtype=bf16")], ids=["full", "lora"])
 def test_a_run_with_added_tokens_leaves_what_others_load(recipe, trained, tiny, tmp_path, options, capsys):
     added = [f"model.add_tokens={NAMES}".replace("'", '"'), "data.template=chatml", *options]

@@ -11,7 +11,7 @@ from forks import forked
 from safetensors.torch import load_file
 
 from engine import distributed, loss, precision, train
-from engine.errors import NUMERIC, EngineError
+from engine.errors import NUMERIC, USER, EngineError
 from engine.linear import Embedding, Linear
 from engine.precision import LossScale
 
@@ -153,5 +153,10 @@ def test_cuda_gives_the_same_bits_each_time_where_the_recipe_says_so(monkeypatch
         monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
         assert distributed.init("auto", 60, deterministic).device.type == "cuda"
         assert torch.are_deterministic_algorithms_enabled() == deterministic == (os.environ.get("CUBLAS_WORKSPACE_CONFIG") == ":4096:8")
+        assert not torch.is_deterministic_algorithms_warn_only_enabled(), "attention's backward would stay as it is"
+        if deterministic:
+            with pytest.raises(EngineError, match="put_ .*set train.deterministic=false") as caught, distributed.losses_told():
+                torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
+            assert caught.value.exit_code == USER
 
     forked(look)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import tokenizers
-from conftest import a_row, lists, load_dataset, ragged_rows
+from conftest import a_row, lists, load_dataset, ragged_rows, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -202,9 +202,30 @@ def test_no_id_of_the_data_is_beyond_the_model(folders, tmp_path):
     ours = load_tokenizer(tmp_path)
     data = load_dataset(tmp_path / "rows.jsonl", ours, "plain", 64, "error", tmp_path / "cache")
     assert ours.size <= 700 == int(data.tokens.max())
-    check_fit(data, ours, {"vocab_size": 701}, 64)
+    check_fit(data, None, ours, {"vocab_size": 701})
     with pytest.raises(EngineError, match="vocab_size is 700, the data's highest id 700"):
-        check_fit(data, ours, {"vocab_size": 700}, 64)
+        check_fit(data, None, ours, {"vocab_size": 700})
+
+
+def test_a_control_token_that_nothing_writes_needs_no_row_of_the_embedding(folders, tmp_path):
+    """Gemma 3's text models come with <image_soft_token>, the id behind their vocabulary's last."""
+    saved = json.loads((folders("byte") / "tokenizer.json").read_text())
+    pieces = max(max(saved["model"]["vocab"].values()), *(token["id"] for token in saved["added_tokens"])) + 1
+    saved["added_tokens"].append({**saved["added_tokens"][0], "id": pieces, "content": "<image_soft_token>"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": saved["added_tokens"][0]["content"]}))
+    rows, other = (write_rows(tmp_path / f"{name}.jsonl", [{"instruction": "a <image_soft_token>", "output": "b"}]) for name in ("rows", "other"))
+    ours = load_tokenizer(tmp_path)
+    assert ours.size == pieces + 1
+    data = load_dataset(rows, ours, "plain", 64, "error", tmp_path / "cache")
+    check_fit(data, None, ours, {"vocab_size": pieces})
+    with pytest.raises(EngineError, match=f"the tokenizer has {pieces + 1} ids, the model's vocab_size is 9,"):
+        check_fit(data, None, ours, {"vocab_size": 9})
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": pieces}))
+    (tmp_path / "tokenizer_config.json").unlink()
+    held_out = load_dataset(other, load_tokenizer(tmp_path), "plain", 64, "error", tmp_path / "cache")
+    with pytest.raises(EngineError, match=f"the data's highest id {pieces}"):
+        check_fit(data, held_out, ours, {"vocab_size": pieces})
 
 
 def test_each_text_of_a_batch_is_tokenised_once(pairs, monkeypatch):

@@ -100,10 +100,10 @@ def errors(train: Dataset, held_out: Dataset | None, data: Data) -> Iterator[Fin
                             lambda row: "has text that became a control token")
 
 
-def misfit(dataset: Dataset, tokenizer: Tokenizer, model: dict[str, Any], added: int) -> Iterator[Finding]:
+def misfit(dataset: Dataset, held_out: Dataset | None, tokenizer: Tokenizer, model: dict[str, Any], added: int) -> Iterator[Finding]:
     """What `check_fit` refuses, with the rows whose ids have no embedding."""
     try:
-        check_fit(dataset, tokenizer, model, added)
+        check_fit(dataset, held_out, tokenizer, model, added)
     except EngineError as error:
         beyond = np.concatenate([np.zeros(0, bool), *_rows_beyond(dataset, max(model["vocab_size"], tokenizer.size if added else 0))])
         rows = np.flatnonzero(beyond)

@@ -291,11 +291,11 @@ def _first_reason(dataset: Dataset) -> str:
     return "the files hold none"
 
 
-def check_fit(dataset: Dataset, tokenizer: Tokenizer, model: dict[str, Any], added: int = 0) -> None:
+def check_fit(dataset: Dataset, held_out: Dataset | None, tokenizer: Tokenizer, model: dict[str, Any], added: int = 0) -> None:
     """Raises EngineError where data or tokenizer go beyond a model, given its config.json: ids past the embedding, lengths
-    past the positions. The last `added` of the tokenizer's ids get rows of their own."""
-    highest = max(file.index["highest"] for file in dataset.files)
-    if tokenizer.size - added > model["vocab_size"] or highest >= max(model["vocab_size"], tokenizer.size):
+    past the positions. The last `added` of the tokenizer's ids get rows of their own; a control token that nothing writes needs none."""
+    highest = max(file.index["highest"] for part in (dataset, held_out) if part for file in part.files)
+    if min(tokenizer.pieces, tokenizer.size - added) > model["vocab_size"] or highest >= max(model["vocab_size"], tokenizer.size if added else 0):
         raise EngineError("DATA-VOCABULARY", f"the tokenizer has {tokenizer.size} ids, the model's vocab_size is {model['vocab_size']}, the data's "
                           f"highest id {highest}; use the tokenizer that belongs to the model")
     positions = model.get("max_position_embeddings", 2048)

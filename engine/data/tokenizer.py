@@ -27,6 +27,7 @@ COMPANIONS = (*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json",
 
 class Tokenizer(Protocol):
     size: int  # ids lie below it
+    pieces: int  # and those of text, so that only tokens that were added are beyond it
     prefix: list[int]  # begins every sequence: [bos], or nothing
     eos: int
     ends: frozenset[int]  # eos, and what generation_config.json lists beside it
@@ -69,7 +70,8 @@ class SentencePiece:
             self.unspaced = SentencePieceProcessor(model_proto=model + b"\x1a\x02\x18\x00")
         except (RuntimeError, OSError) as error:
             raise EngineError("TOKENIZER-FILE", f"{path}: cannot be read as a sentencepiece model: {error}") from error
-        self.size, self.eos = self.model.get_piece_size(), self.model.eos_id()
+        self.size = self.pieces = self.model.get_piece_size()
+        self.eos = self.model.eos_id()
         if self.eos < 0:
             raise EngineError("TOKENIZER-EOS", f"{path}: has no end-of-sequence piece, so answers could never end; take the model's own")
         self.ends = frozenset({self.eos, *_listed_ends(generation, folder)})
@@ -137,6 +139,7 @@ class JsonTokenizer:
         for model in (self.model, self.unspaced):
             model.encode_special_tokens = True
         self.memo = memo_of(self.model)
+        self.pieces = self.model.get_vocab_size(with_added_tokens=False)
         self.size = max(self.model.get_vocab_size(with_added_tokens=True), max(self.added, default=0) + 1)  # added ids may leave gaps
         self.eos = self._eos(settings, generation, config, path)
         self.ends = frozenset({self.eos, *_listed_ends(generation, folder)})

@@ -87,7 +87,7 @@ def add_rows(model: nn.Module, first: int, last: int) -> None:
     for layer in (embedding,) if tied else (embedding, head):
         old = layer.weight
         new = torch.cat((old, old.new_empty(max(0, last - len(old)), old.shape[1])))
-        new[first:last] = widened(old[:first]).mean(0).to(old.dtype)
+        new[min(first, len(old)) : last] = widened(old[:first]).mean(0).to(old.dtype)  # a tokenizer may have ids beyond the rows that nothing used
         layer.weight = nn.Parameter(new, requires_grad=old.requires_grad)
     if tied:
         head.weight = embedding.weight
