@@ -49,6 +49,12 @@ class Agreement:
     top1: float
 
 
+def check(cfg: Recipe, base: Path, words: Path) -> None:
+    """Raises EngineError for a file that the recipe asks for and that such a model cannot be written as: before training, not after."""
+    if "gguf" in cfg.export.kinds:
+        gguf_out.check(Path("export.kinds=[gguf]"), weights.read_config(base), words, cfg.export.gguf_type)
+
+
 class Exporter:
     """Writes and proves one run's exports.
 
@@ -137,6 +143,7 @@ class Exporter:
         """Where a second model, in `dtype`, fits: beside the first, or on the CPU where the GPU is too full for it."""
         device = self.model.lm_head.weight.device
         if device.type == "cuda":
+            torch.cuda.empty_cache()  # what training has let go of
             free, _ = torch.cuda.mem_get_info(device)
             if free < 1.2 * DTYPES[dtype].itemsize * sum(parameter.numel() for parameter in self.model.parameters()):
                 return torch.device("cpu")
@@ -170,7 +177,7 @@ def write_model(path: Path, model: nn.Module, base: Path, words: Path, note: dic
     """
     config, tokenizer = {**weights.read_config(base), "vocab_size": model.config.vocab_size}, load_tokenizer(words, base)
     known = config["vocab_size"]
-    if tokenizer.size > known and (path.suffix == ".gguf" or tokenizer.size > load_tokenizer(base).size):  # a model's own may have ids that nothing writes
+    if tokenizer.size > known and tokenizer.size > load_tokenizer(base).size:  # a model's own may have ids that nothing writes
         raise EngineError("EXPORT-VOCABULARY", f"{words}: the tokenizer has {tokenizer.size} ids, the model {known}; name the model's own")
     if path.suffix == ".gguf":
         return gguf_out.write(path, config, merged(model, torch.float32), words, dtype, base)
@@ -236,4 +243,6 @@ def load_for_inference(model: Path, adapter_folder: Path | None, dtype: torch.dt
     if adapter_folder is not None:
         adapter.load(loaded, adapter_folder)
         lora.fold(loaded)
+        for parameter in loaded.parameters():  # embedding and head that were trained whole came in fp32
+            parameter.data = parameter.data.to(dtype)
     return loaded.eval().requires_grad_(False)

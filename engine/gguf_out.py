@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.data.chat_template import own_template
 from engine.data.tokenizer import load_tokenizer, read_json
 from engine.errors import EngineError, extra
 from engine.gguf_in import ARCHITECTURES, CONTROL, IN_BLOCK, NORMAL, UNUSED, USER_DEFINED, WHOLE, pre_tokenizers
@@ -21,6 +22,7 @@ from engine.models.config import ModelConfig
 from engine.models.llama import ROPE_SCALINGS
 
 TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
+NAMES = {**{model_type: name for name, (model_type, _) in ARCHITECTURES.items()}, "mistral": "llama"}  # of config.json's model_type, the architecture's
 
 
 def write(path: Path, config: dict[str, Any], tensors: Iterable[tuple[str, Tensor]], folder: Path, dtype: str, base: Path | None = None) -> None:
@@ -36,19 +38,13 @@ def write(path: Path, config: dict[str, Any], tensors: Iterable[tuple[str, Tenso
     Raises:
         EngineError: an architecture, a rope scaling, a tokenizer or a shape that is not written.
     """
-    gguf = extra("gguf", path)
-    architectures = {**{model_type: name for name, (model_type, _) in ARCHITECTURES.items()}, "mistral": "llama"}
-    if (model_type := config.get("model_type")) not in architectures:
-        refuse(path, f"model_type is {model_type!r}, expected one of {', '.join(architectures)}")
-    model = FAMILIES[model_type].config(config, str(path))
-    if any(model.windows):
-        refuse(path, f"{sum(map(bool, model.windows))} layers see a window of tokens only")
-    writer = gguf.GGUFWriter(path, architectures[model_type])
+    gguf, model, architecture = extra("gguf", path), check(path, config, folder, dtype), NAMES[config["model_type"]]
+    writer = gguf.GGUFWriter(path, architecture)
     write_config(writer, model, gguf)
     write_tokenizer(writer, path, folder, config, base)
     kind = getattr(gguf.GGMLQuantizationType, TYPES[dtype])
     heads = {}
-    if architectures[model_type] == "llama":  # llama.cpp turns neighbours there: see gguf_in.tensors_of
+    if architecture == "llama":  # llama.cpp turns neighbours there: see gguf_in.tensors_of
         heads = {"q_proj": model.num_attention_heads, "k_proj": model.num_key_value_heads}
     for name, tensor in tensors:
         values = tensor.detach().cpu().float().numpy()
@@ -57,14 +53,27 @@ def write(path: Path, config: dict[str, Any], tensors: Iterable[tuple[str, Tenso
         if count := heads.get(name.split(".")[-2]):
             values = values.reshape(count, 2, values.shape[0] // count // 2, -1).swapaxes(1, 2).reshape(values.shape)
         of_tensor = kind if values.ndim > 1 else gguf.GGMLQuantizationType.F32
-        if of_tensor == gguf.GGMLQuantizationType.Q8_0 and values.shape[-1] % 32:
-            refuse(path, f"{name} has rows of {values.shape[-1]} numbers, Q8_0 takes multiples of 32; choose fp16 or bf16")
         writer.add_tensor(gguf_name(path, name), gguf.quants.quantize(values, of_tensor), raw_dtype=of_tensor)
     writer.add_file_type(getattr(gguf.LlamaFileType, {"fp32": "ALL_F32"}.get(dtype, f"MOSTLY_{TYPES[dtype]}")))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def check(path: Path, config: dict[str, Any], folder: Path, dtype: str) -> ModelConfig:
+    """The model's config, if such a model can be written; arguments and errors as of `write`. Looks at no weight, so it can be asked before training."""
+    extra("gguf", path)
+    if (model_type := config.get("model_type")) not in NAMES:
+        refuse(path, f"model_type is {model_type!r}, expected one of {', '.join(NAMES)}")
+    model = FAMILIES[model_type].config(config, str(path))
+    if any(model.windows):
+        refuse(path, f"{sum(map(bool, model.windows))} layers see a window of tokens only")
+    for width in (model.hidden_size, model.intermediate_size, model.num_attention_heads * model.head_dim):
+        if dtype == "q8_0" and width % 32:
+            refuse(path, f"has rows of {width} numbers, Q8_0 takes multiples of 32; choose fp16 or bf16")
+    rule_of(path, folder)
+    return model
 
 
 def refuse(path: Path, what: str) -> NoReturn:
@@ -108,11 +117,9 @@ def write_config(writer: Any, model: ModelConfig, gguf: Any) -> None:
 
 def write_tokenizer(writer: Any, path: Path, folder: Path, config: dict[str, Any], base: Path | None) -> None:
     tokenizer, settings = load_tokenizer(folder, base), read_json(folder / "tokenizer_config.json")
-    if (folder / "tokenizer.json").is_file():
-        tokens = write_bpe(writer, path, read_json(folder / "tokenizer.json"))
-    else:
-        tokens = write_sentencepiece(writer, folder, config["vocab_size"])
-    tokens += [(f"[PAD{number}]", UNUSED) for number in range(len(tokens), config["vocab_size"])]  # rows of the embedding without a token
+    rule, size = rule_of(path, folder), config["vocab_size"]
+    known = write_bpe(writer, rule, folder) if rule else write_sentencepiece(writer, path, folder, size)
+    tokens = [known.get(number, (f"[PAD{number}]", UNUSED)) for number in range(size)]  # as many as the embedding has rows
     writer.add_token_list([token for token, _ in tokens])
     writer.add_token_types([kind for _, kind in tokens])
     writer.add_eos_token_id(tokenizer.eos)
@@ -128,39 +135,49 @@ def write_tokenizer(writer: Any, path: Path, folder: Path, config: dict[str, Any
         getattr(writer, f"add_{name}_token_id")(number)
     writer.add_add_bos_token(bool(tokenizer.prefix))
     writer.add_add_eos_token(False)
-    if isinstance(template := settings.get("chat_template"), str):
+    if template := own_template(folder):
         writer.add_chat_template(template)
 
 
-def write_bpe(writer: Any, path: Path, stored: dict[str, Any]) -> list[tuple[str, int]]:
-    """Byte-level BPE of tokenizer.json: merges, and the name of the rule that splits text into words. Returns the tokens."""
+def rule_of(path: Path, folder: Path) -> str | None:
+    """The rule by which a tokenizer.json splits text into words, by GGUF's name. None: it is tokenizer.model that is written, also where a
+    tokenizer.json says the same in its own form, as beside Llama's and Mistral's."""
+    stored = read_json(folder / "tokenizer.json")
+    if not stored or ((folder / "tokenizer.model").is_file() and not any(part["type"] == "ByteLevel" for part in parts(stored["pre_tokenizer"]))):
+        return None
     if stored["model"].get("type") != "BPE":
         refuse(path, f"its tokenizer is a {stored['model'].get('type')}, expected BPE")
     rules = {name: json.loads(rule.__getstate__()) for name, rule in pre_tokenizers(path).items()}
-    rule = next((name for name, known in rules.items() if same_rule(known, stored["pre_tokenizer"])), None)
+    rule = next((name for name, known in rules.items() if parts(known) == parts(stored["pre_tokenizer"])), None)
     if rule is None:
         refuse(path, f"its tokenizer splits text by {json.dumps(stored['pre_tokenizer'])[:200]}, expected one of {', '.join(rules)}")
+    return rule
+
+
+def parts(rule: Any) -> list[dict[str, Any]]:
+    """Of a pre-tokenizer, however nested; whether an offset leaves out spaces changes no token."""
+    if rule is None:
+        return []
+    if rule["type"] == "Sequence":
+        return [part for inner in rule["pretokenizers"] for part in parts(inner)]
+    return [{key: value for key, value in rule.items() if key != "trim_offsets"}]
+
+
+def write_bpe(writer: Any, rule: str, folder: Path) -> dict[int, tuple[str, int]]:
+    """Byte-level BPE of tokenizer.json: merges, and the name of the rule that splits text into words. Returns the tokens by their ids."""
+    stored = read_json(folder / "tokenizer.json")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(rule)
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in stored["model"]["merges"]])
-    by_number = {number: (token, NORMAL) for token, number in stored["model"]["vocab"].items()}
-    by_number |= {added["id"]: (added["content"], CONTROL if added["special"] else USER_DEFINED) for added in stored["added_tokens"]}
-    return [by_number.get(number, (f"[PAD{number}]", UNUSED)) for number in range(max(by_number) + 1)]
+    return {number: (token, NORMAL) for token, number in stored["model"]["vocab"].items()} | _added(stored)
 
 
-def same_rule(known: Any, stored: Any) -> bool:
-    """Whether two pre-tokenizers are the same, however nested; whether an offset leaves out spaces changes no token."""
-    def plain(rule: Any) -> list[dict[str, Any]]:
-        if rule is None:
-            return []
-        if rule["type"] == "Sequence":
-            return [part for inner in rule["pretokenizers"] for part in plain(inner)]
-        return [{key: value for key, value in rule.items() if key != "trim_offsets"}]
-
-    return plain(known) == plain(stored)
+def _added(stored: dict[str, Any]) -> dict[int, tuple[str, int]]:
+    return {added["id"]: (added["content"], CONTROL if added["special"] else USER_DEFINED) for added in stored.get("added_tokens", ())}
 
 
-def write_sentencepiece(writer: Any, folder: Path, size: int) -> list[tuple[str, int]]:
+def write_sentencepiece(writer: Any, path: Path, folder: Path, size: int) -> dict[int, tuple[str, int]]:
+    """Pieces and scores of tokenizer.model, and behind them what a tokenizer.json beside it has added. Returns the tokens by their ids."""
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
     model = ModelProto.FromString((folder / "tokenizer.model").read_bytes())
@@ -168,9 +185,15 @@ def write_sentencepiece(writer: Any, folder: Path, size: int) -> list[tuple[str,
         refuse(folder, "its sentencepiece model is no BPE")
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
-    writer.add_token_scores([piece.score for piece in model.pieces] + [0.0] * (size - len(model.pieces)))
+    stored = read_json(folder / "tokenizer.json")
+    vocabulary = stored.get("model", {}).get("vocab")
+    for number, piece in enumerate(model.pieces):
+        if isinstance(vocabulary, dict) and piece.type == NORMAL and vocabulary.get(piece.piece) != number:
+            refuse(path, f"tokenizer.model has {piece.piece!r} as {number}, tokenizer.json as {vocabulary.get(piece.piece)}")
+    writer.add_token_scores(([piece.score for piece in model.pieces] + [0.0] * size)[:size])
     writer.add_add_space_prefix(model.normalizer_spec.add_dummy_prefix)
     writer.add_remove_extra_whitespaces(model.normalizer_spec.remove_extra_whitespaces)
     if model.normalizer_spec.precompiled_charsmap:
         writer.add_precompiled_charsmap(model.normalizer_spec.precompiled_charsmap)
-    return [(piece.piece.replace("▁", " ") if piece.type == USER_DEFINED else piece.piece, piece.type) for piece in model.pieces]
+    pieces = {number: (piece.piece.replace("▁", " ") if piece.type == USER_DEFINED else piece.piece, piece.type) for number, piece in enumerate(model.pieces)}
+    return _added(stored) | pieces

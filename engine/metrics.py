@@ -4,6 +4,7 @@ metrics.jsonl is the record, one line a step; TensorBoard shows the same numbers
 MEASURED depend on the clock and the machine, all others on recipe and data alone and repeat bit for bit.
 """
 
+import re
 import resource
 import sys
 import time
@@ -27,8 +28,8 @@ from engine.record import Record
 
 MEASURED = ("time/", "memory/", "train/tokens_per_s", "train/target_tokens_per_s", "train/mfu")
 
-# Dense bf16/fp16 FLOP/s of a device as its maker states them, by a part of its name.
-PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
+# Dense bf16/fp16 FLOP/s of a device as its maker states them, by words of its name.
+PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
               "A10G": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12}
 
 
@@ -120,16 +121,17 @@ class Flops:
 def peak_flops(device: torch.device) -> tuple[float, str]:
     """FLOP/s that a device could do, and where the number is from."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
-    for part, peak in PEAK_FLOPS.items():
-        if part in name:
+    for words, peak in PEAK_FLOPS.items():
+        if re.search(rf"\b{words}\b", name):  # an L4 is no L40
             return peak, f"{name}, by its maker"
-    a = torch.ones(512, 512, device=device)
+    size, dtype, told = (4096, torch.bfloat16, "bf16") if device.type == "cuda" else (512, torch.float32, "fp32")  # a GPU's takes longer than its launch
+    a = torch.ones(size, size, dtype=dtype, device=device)
     best = float("inf")
     for _ in range(5):
         began = time.perf_counter()
-        (a @ a).sum().item()
+        (a @ a)[0, 0].item()
         best = min(best, time.perf_counter() - began)
-    return 2 * 512**3 / best, f"{name}, measured on an fp32 product of 512 × 512"
+    return 2 * size**3 / best, f"{name}, measured on a product of {size} × {size} in {told}"
 
 
 def zeros(count: int, device: torch.device) -> torch.Tensor:

@@ -48,6 +48,7 @@ def main(argv: list[str]) -> int:
         checks.before_training(rows, held_out, cfg.data, speaks=rank == 0)
         if rank == 0:
             chat_template.check(source, cfg.data, tokenizer, rows.first_row())
+            export.check(cfg, source, tokenizer_folder)
         plan = Plan(rows.lengths, rows.targets, cfg.data.max_length, cfg.train.global_batch, cfg.data.packing,
                     cfg.data.shuffle, cfg.train.seed, cfg.train.epochs, rows.skipped)
         num_steps = min(plan.num_steps, cfg.train.max_steps or plan.num_steps)
@@ -176,11 +177,9 @@ def main(argv: list[str]) -> int:
         # ---- End: weights for others, and what to look at ------------------------------------------------------------
         if evaluation and judged is None:  # resumed after the last step
             judged = evaluation.run(model, whole=True)
-        exported, frozen_digest = {}, None
-        if world.is_first:
-            exported = export.Exporter(model, cfg, held_out or rows, types, base, tokenizer_folder).run(run / "export")
-            frozen_digest = weights.identity(model, source, cfg.model.init) if cfg.lora.used else None
-            assert frozen_digest in (None, identity["weights"]), "frozen weights have changed"
+        exported = export.Exporter(model, cfg, held_out or rows, types, base, tokenizer_folder).run(run / "export") if world.is_first else {}
+        frozen_digest = weights.identity(model, source, cfg.model.init) if world.is_first and cfg.lora.used else None
+        assert frozen_digest in (None, identity["weights"]), "frozen weights have changed"
         log.hparams(cfg, judged.scalars if judged else {})
         log.text("samples", report.samples(judged), num_steps)
         log.say(report.closing(run, judged, exported, frozen_digest))

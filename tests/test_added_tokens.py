@@ -13,6 +13,7 @@ from engine.attention import PackedAttention
 from engine.data.added_tokens import extend
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import EngineError
+from engine.export import load_for_inference
 from engine.models import weights
 
 transformers = pytest.importorskip("transformers")
@@ -117,6 +118,10 @@ def test_convert_takes_them_over_with_an_adapter_as_the_run_does(folder, recipe,
     added = ("lora.rank=4", "lora.modules_to_save=[embed_tokens,lm_head]", f"model.add_tokens={NAMES}".replace("'", '"'), "data.template=chatml")
     train.main(recipe(*added, f"model.path={base}", "data.system=Short.", "export.kinds=[adapter,model]", "train.max_steps=2"))
     run = tmp_path / "runs/run/export"
+    asked = load_for_inference(base, run / "adapter", torch.bfloat16, CPU)
+    assert {parameter.dtype for parameter in asked.parameters()} == {torch.bfloat16}, "a whole head would be narrowed for every token"
+    tied = json.loads((base / "config.json").read_text())["tie_word_embeddings"]
+    assert (asked.lm_head.weight is asked.model.embed_tokens.weight) == tied
     convert.main([str(base), str(tmp_path / "merged"), "--adapter", str(run / "adapter"), "--dtype", "fp32"])
     note = json.loads((run / "model/engine.json").read_text())
     del note["agreement_with_training"]

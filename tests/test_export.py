@@ -6,18 +6,20 @@ import shutil
 import weakref
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
 from conftest import TINY, load_dataset
 from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceProcessor
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import adapter, convert, export, gguf_in, gguf_out, hub, lora, train
 from engine.attention import PackedAttention
 from engine.dropout import DropoutKeys
-from engine.errors import CHECKPOINT, EngineError
+from engine.errors import CHECKPOINT, USER, EngineError
 from engine.models import FAMILIES, weights
 
 CPU = torch.device("cpu")
@@ -263,8 +265,38 @@ def test_what_gguf_cannot_say_is_refused_by_name(tiny, tmp_path):
             gguf_out.write(tmp_path / "out.gguf", {**config, **changes}, tensors.items(), tiny, "fp16")
     with pytest.raises(EngineError, match="has a tensor model.layers.0.self_attn.extra.weight"):
         gguf_out.write(tmp_path / "out.gguf", config, {**tensors, "model.layers.0.self_attn.extra.weight": torch.ones(4, 4)}.items(), tiny, "fp16")
-    with pytest.raises(EngineError, match="down_proj.weight has rows of 48 numbers, Q8_0 takes multiples of 32"):
+    with pytest.raises(EngineError, match="has rows of 48 numbers, Q8_0 takes multiples of 32"):
         gguf_out.write(tmp_path / "out.gguf", config, tensors.items(), tiny, "q8_0")
     save_file({**tensors, "model.norm.weight": torch.full((32,), math.nan)}, tmp_path / "x.safetensors")
     with pytest.raises(EngineError, match="model.norm.weight is not finite"):
         gguf_out.write(tmp_path / "out.gguf", config, load_file(tmp_path / "x.safetensors").items(), tiny, "fp16")
+
+
+def test_what_cannot_be_exported_is_told_before_training(recipe, tmp_path):
+    with pytest.raises(EngineError, match=r"export.kinds=\[gguf\]: has rows of 48 numbers") as caught:
+        train.main(recipe("export.kinds=[model,gguf]", "export.gguf_type=q8_0"))
+    assert caught.value.exit_code == USER and not (tmp_path / "runs/run/metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_sentencepiece_model_is_written_although_a_tokenizer_json_lies_beside_it(tiny, tmp_path, fits):
+    """As beside Llama 2, TinyLlama and Mistral on the hub. What that file has added behind the pieces is written, too."""
+    folder, pieces = tmp_path / "model", SentencePieceProcessor(str(tiny / "tokenizer.model"))
+    shutil.copytree(tiny, folder)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    one = {"id": 341, "content": "<|im_end|>", "special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    vocabulary = {pieces.id_to_piece(number): number if fits else number + 1 for number in range(340)}
+    (folder / "tokenizer.json").write_text(json.dumps({
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [one], "normalizer": None, "pre_tokenizer": None, "post_processor": None,
+        "decoder": None, "model": {"type": "BPE", "vocab": vocabulary, "merges": []}}))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    config, path = {**json.loads((tiny / "config.json").read_text()), "vocab_size": 343}, tmp_path / "out.gguf"
+    if not fits:
+        with pytest.raises(EngineError, match="tokenizer.model has .* as 259, tokenizer.json as 260"):
+            gguf_out.write(path, config, [], folder, "fp32")
+        return
+    gguf_out.write(path, config, [], folder, "fp32")
+    read = {name.removeprefix("tokenizer."): field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
+    assert read["ggml.model"] == "llama" and read["ggml.tokens"][:340] == list(vocabulary) and read["chat_template"] == "{{ messages }}"
+    assert read["ggml.tokens"][340:] == ["[PAD340]", "<|im_end|>", "[PAD342]"] and read["ggml.token_type"][340:] == [5, 3, 5]
+    assert len(read["ggml.scores"]) == 343 and read["ggml.scores"][:340] == pytest.approx([pieces.get_score(number) for number in range(340)])

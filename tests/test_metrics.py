@@ -158,3 +158,14 @@ def test_losses_and_shares_by_source_add_up_to_the_whole(recipe, trained, tiny, 
     assert {"train/loss/chats", "train/share/chats", "validation/loss/chats"} <= set(events.Tags()["scalars"])
     ledger = json.loads((tmp_path / "runs/run/ledger.json").read_text())["train"]
     assert [file["trained"] for file in ledger["files"]] == [{"2": 9}, {"4": 9}], "18 rows of the second to 9 of the first, two epochs"
+
+
+@pytest.mark.parametrize("name, peak", [("NVIDIA H200", 989e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 NVL", 835e12),
+                                        ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L4", 121e12), ("NVIDIA L40S", 362e12), ("Tesla T4", 65e12),
+                                        ("NVIDIA L40", None), ("NVIDIA RTX A1000", None), ("NVIDIA T400 4GB", None)])
+def test_a_gpu_has_its_own_peak_and_no_others(monkeypatch, name, peak):
+    """One that is not listed is measured, which needs it: a small product stands in."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch, "ones", lambda *size, **_: torch.full((2, 2), 1.0))
+    found, told = metrics.peak_flops(torch.device("cuda"))
+    assert told.startswith(name) and (found == peak if peak else "measured on a product of 4096 × 4096 in bf16" in told)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from engine.data import parquet as parquets
 from engine.data import reading
+from engine.data.build import BATCH_BYTES, batches
 from engine.data.formats import BadRow
 from engine.data.reading import Span, expand, read_rows, records, survey
 from engine.errors import ENVIRONMENT, USER, EngineError
@@ -326,6 +327,43 @@ def test_parquet_values_that_cannot_be_read_are_bad_rows(tmp_path):
     parquet.write_table(pyarrow.table({"text": text}), path := tmp_path / "rows.parquet")
     first, bad, last = found(path)
     assert first == (1, {"text": "a"}) and last == (3, {"text": "c"}) and bad[0] == 2 and "cannot be read" in bad[2]
+
+
+def test_parquet_rows_of_any_size_are_read_in_bounded_memory(tmp_path):
+    """A group of 1,500 rows of 100 kB, which the format keeps as a few bytes each, for they repeat; one is over the limit."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = [chr(97 + number % 7) * 100_000 for number in range(1500)]
+    texts[9] = "x" * (reading.MAX_RECORD + 1)
+    parquet.write_table(pyarrow.table({"text": texts}), path := tmp_path / "rows.parquet")
+    del texts
+    span, = survey(path).spans
+    largest, seen = 0, []
+    tracemalloc.start()
+    try:
+        for batch in batches(records(span), lambda numbered: getattr(numbered[1], "size", 0)):
+            largest = max(largest, sum(len(row["text"]) for _, row in batch if not isinstance(row, BadRow)))
+            seen += [(number, row.reason if isinstance(row, BadRow) else row["text"][:2]) for number, row in batch]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert seen[9] == (10, "the row is over 16 MiB; shorten or split it") and len(seen) == 1500 and seen[1499] == (1500, "bb")
+    assert largest < 2 * BATCH_BYTES and peak < 6 * BATCH_BYTES, (largest, peak)
+
+
+def test_a_parquet_column_comes_once(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table([["a"], ["b"]], names=["output", "output"]), path := tmp_path / "rows.parquet")
+    with pytest.raises(EngineError, match="has the column 'output' twice") as caught:
+        survey(path)
+    assert caught.value.exit_code == USER
+
+
+def test_a_files_name_is_utf_8(tmp_path):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jsonl"))
+    path.write_bytes(GOOD)
+    with pytest.raises(EngineError, match="rename it") as caught:
+        survey(path)
+    str(caught.value).encode()
 
 
 def test_without_the_extra_parquet_says_how_to_get_it(tmp_path, monkeypatch):

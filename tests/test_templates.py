@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -225,6 +226,58 @@ def test_conversations_are_those_of_the_models_own_template(folders, own, kind, 
         around = [place for place, number in enumerate(ids) if number in tokenizer.prefix]
         assert runs(tokens["all"].supervised.tolist())[0][0] == max(1, len(tokenizer.prefix))
         assert tokens["all"].supervised.sum() == len(ids) - max(1, len(around)), "all but what begins a sequence, or else its first token"
+
+
+ASKED = "<|im_start|>user\nred<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(("answer", "text"), [
+    ("<think>\nred\n\ndog\n</think>\n\nblue fish", "<think>\nred\n\ndog\n</think>\n\nblue fish<|im_end|>"),
+    ("<think>red dog</think>blue fish", "<think>\nred dog\n</think>\n\nblue fish<|im_end|>"),
+    ("red dog\n</think>\n\nblue fish", "<think>\nred dog\n</think>\n\nblue fish<|im_end|>"),
+    ("<think>\n\n</think>\n\nblue fish", "\n\n</think>\n\nblue fish<|im_end|>"), ("blue fish", "\n\n</think>\n\nblue fish<|im_end|>"),
+])
+def test_a_thought_stands_in_control_tokens_and_is_learnt(folders, answer, text):
+    """An empty one is what Qwen 3 is asked with where it shall not think, so it is asked with it, and not learnt."""
+    tokenizer, empty = load_tokenizer(folders("bpe", "qwen3")), text.startswith("\n")
+    row = Row(1, (U("red"), A(answer)))
+    asked, wanted = ASKED + "<think>\n\n</think>\n\n" * empty, text.removeprefix("\n\n</think>\n\n")
+    tokens = tokenise([row], "qwen3", None, "answers", tokenizer)
+    assert tokens.ids.tolist() == tokenizer.encode_rendered(asked) + tokenizer.encode_rendered(wanted) == tokenizer.encode_rendered(asked + wanted)
+    (start, end), = runs(tokens.supervised.tolist())
+    assert (start, end) == (len(tokenizer.encode_rendered(asked)), len(tokens.ids)) and tokens.answers.tolist() == [start]
+    assert prompt_ids(row, "qwen3", tokenizer) == tokenizer.encode_rendered(asked)
+
+
+def test_thoughts_are_kept_since_the_last_question(folders):
+    """As Qwen 3's own template does: those of answers before are left out, those between calls of tools stay."""
+    tokenizer, thought = load_tokenizer(folders("bpe", "qwen3")), "<think>\nred\n</think>\n\n"
+    call = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+    talk = (U("a"), A(f"{thought}b"), U("c"), A(f"{thought}dog", calls=({"name": "now", "arguments": {}},)), T("1"), A("d"))
+    expected = ("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"
+                f"{thought}dog\n{call}<|im_end|>\n<|im_start|>user\n<tool_response>\n1\n</tool_response><|im_end|>\n"
+                "<|im_start|>assistant\n<think>\n\n</think>\n\nd<|im_end|>")
+    assert tokenizer.show(tokenise([Row(1, talk)], "qwen3", None, "answers", tokenizer).ids.tolist()) == expected
+
+
+@pytest.mark.parametrize("answer", ["b <think>red</think>", "<think>red</think>b<think>dog</think>", "<think>red"])
+def test_a_thought_comes_once_and_first(answer):
+    with pytest.raises(BadRow, match="row 3 has an answer with text before its thought, or a second thought"):
+        TEMPLATES["qwen3"].check(Row(3, (U("a"), A(answer))))
+    TEMPLATES["chatml"].check(Row(3, (U("a"), A(answer))))
+
+
+def test_the_check_of_templates_is_the_same_whether_rows_were_tokenised_before_or_not(folders, tmp_path):
+    """Tokenising has the tokenizer take thoughts' tokens for control tokens, which its file calls plain; a warm cache spares it."""
+    shutil.copytree(folders("bpe", "qwen3"), folder := tmp_path / "qwen3")
+    stored = json.loads((folder / "tokenizer.json").read_text())
+    for token in stored["added_tokens"]:
+        token["special"] = "think" not in token["content"]
+    (folder / "tokenizer.json").write_text(json.dumps(stored))
+    jinja, row = (JINJA / "qwen3.jinja").read_text(), Row(1, (U("red"), A("<think>\ndog\n</think>\n\nb")))
+    cold, warm = load_tokenizer(folder), load_tokenizer(folder)
+    tokenise([row], "qwen3", None, "answers", cold)
+    assert [difference(jinja, folder, Data(template="qwen3"), tokenizer, row) for tokenizer in (cold, warm)] == [None, None]
 
 
 @pytest.mark.parametrize("template", ["alpaca", "plain"])

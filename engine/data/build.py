@@ -19,12 +19,12 @@ import socket
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn, TextIO, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -35,7 +35,8 @@ from engine.data.template import TEMPLATES
 from engine.data.tokenizer import Tokenizer, Tokens, learnt, tell_controls, tokenise
 from engine.errors import ENVIRONMENT, EngineError, die_with_parent
 
-VERSION = 4  # of the arrays' meaning and of the code that makes them; a change makes old caches strangers
+T = TypeVar("T")
+VERSION = 5  # of the arrays' meaning and of the code that makes them; a change makes old caches strangers
 FIRST_BYTES = 64 << 10  # of a first row that is kept as text, for templates to be compared on
 BATCH, BATCH_BYTES = 1024, 4 << 20  # rows tokenised in one call, about, and their bytes
 WORKER_BYTES = 1 << 20  # of text for each process
@@ -189,12 +190,13 @@ class _Worker:
 def write_span(folder: Path, number: int, span: Span, job: Job, tokenizer: Tokenizer) -> dict[str, Any]:
     """Writes a span's arrays; returns its counts: every record is kept or rejected."""
     tell_controls(job.template, tokenizer)
-    names = re.compile("|".join(map(re.escape, sorted(tokenizer.specials(), key=len, reverse=True))) or "(?!)")
+    named = set(tokenizer.specials()) - TEMPLATES[job.template].reads
+    names = re.compile("|".join(map(re.escape, sorted(named, key=len, reverse=True))) or "(?!)")
     found: dict[str, Any] = {"records": 0, "rejected": 0, "highest": -1, "ignored": Counter(), "first": None}
     tasks: dict[str, int] = {}
     ids, supervised, facts = [np.empty(0, np.int32)], [np.empty(0, bool)], [np.empty(0, ROW)]
     with (folder / f"{number:05d}.rejected.jsonl").open("w", encoding="utf-8") as rejected:
-        for batch in _batches(records(span)):
+        for batch in batches(records(span), lambda numbered: getattr(numbered[1], "size", 0)):
             if rows := list(_accepted(batch, job, found, rejected)):
                 tokens = tokenise(rows, job.template, job.system, job.supervise, tokenizer)
                 ids.append(tokens.ids)
@@ -254,14 +256,14 @@ def _hash(ids: np.ndarray) -> int:
     return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "little")
 
 
-def _batches(items: Iterator[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]:
-    """Records to tokenise together: so many, or of so many bytes."""
-    batch, size = [], 0
-    for line, record in items:
-        batch.append((line, record))
-        size += len(getattr(record, "read_from", b""))
-        if len(batch) == BATCH or size > BATCH_BYTES:
+def batches(items: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
+    """What is worked on together: so many, or of so many bytes, by the `size` of each."""
+    batch, total = [], 0
+    for one in items:
+        batch.append(one)
+        total += size(one)
+        if len(batch) == BATCH or total > BATCH_BYTES:
             yield batch
-            batch, size = [], 0
+            batch, total = [], 0
     if batch:
         yield batch

@@ -16,7 +16,7 @@ from typing import Any
 from engine.config import Data
 from engine.data.formats import BadRow, Message, Row
 from engine.data.template import TEMPLATES, question
-from engine.data.tokenizer import Tokenizer, prompt_ids, read_json, text_of, tokenise
+from engine.data.tokenizer import Tokenizer, prompt_ids, read_json, tell_controls, text_of, tokenise
 from engine.errors import SECURITY, EngineError, warn
 
 SIZE = 1 << 20  # characters of a template
@@ -91,6 +91,7 @@ def difference(template: str, folder: Path, data: Data, tokenizer: Tokenizer, ro
     """
     if row.messages[0].role == "text":
         return None
+    tell_controls(data.template, tokenizer)  # as tokenising does, which a warm cache spares
     row = _sample(row, tokenizer)
     prompt, whole = render(template, _conversations(row, data.system), _names(folder, tokenizer))
     answered = whole.startswith(prompt)

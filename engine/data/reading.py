@@ -94,6 +94,7 @@ def expand(pattern: str | Path) -> list[Path]:
 def _check_file(path: Path) -> None:
     """Raises EngineError for what is no file to read, without waiting for it to become one."""
     try:
+        str(path).encode()
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):
             kinds = {stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
@@ -103,8 +104,8 @@ def _check_file(path: Path) -> None:
         path.open("rb").close()
     except OSError as error:
         raise _unreadable(path, error) from error
-    except ValueError as error:  # a name with a zero byte
-        raise EngineError("DATA-FILE", f"{str(path)!r}: cannot be read: {error}") from error
+    except ValueError as error:  # a name with a zero byte, or in another encoding, by which neither ledger nor messages could name its rows
+        raise EngineError("DATA-FILE", f"{str(path)!r}: cannot be read by this name, rename it: {error}") from error
 
 
 def _unreadable(path: Path, error: OSError) -> EngineError:
@@ -290,7 +291,7 @@ def records(span: Span) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
     """
     try:
         if span.kind == "parquet":
-            yield from parquet.rows(span.path, span.start, span.end)
+            yield from parquet.rows(span.path, span.start, span.end, MAX_RECORD)
             return
         with span.path.open("rb") as file:
             yield from (_array_records if span.kind == "array" else _line_records)(span, _span_blocks(file, span))
@@ -395,6 +396,10 @@ class Record(dict):
 
     read_from: bytes
     column: int
+
+    @property
+    def size(self) -> int:
+        return len(self.read_from)
 
 
 def position(record: Any, line: int, found: BadRow) -> tuple[int, int | None]:

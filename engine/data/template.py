@@ -6,6 +6,7 @@ last answer; `chat_template.py` compares the two.
 """
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -36,6 +37,7 @@ class Template:
 
     `end`: the control token that ends answers; EOS: the tokenizer's own. `chat`: the segments are one text with a place for a
     system prompt, as chat models know it; else each is a text by itself. `tools`: calls of tools and their results have a form.
+    `reads`: what in the text of an answer becomes a control token.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Template:
     end: str = EOS
     chat: bool = True
     tools: bool = False
+    reads: frozenset[str] = frozenset()
 
     def __call__(self, row: Row, system: str | None = None) -> list[Segment]:
         """The segments of a row that ends with an answer.
@@ -71,6 +74,9 @@ class Template:
             if not self.tools and (message.role == "tool" or message.calls):
                 forms = ", ".join(name for name, template in TEMPLATES.items() if template.tools)
                 raise BadRow(f"row {row.line} uses tools; the template {self.name} has no form for them, these have: {forms}")
+            if self.write is qwen3 and message.role == "assistant" and re.search("</?think>", THOUGHT.sub(r"\1", message.content, count=1)):
+                raise BadRow(f"row {row.line} has an answer with text before its thought, or a second thought; the template {self.name} writes "
+                             "<think> once, at its beginning")
             if self.write is llama31 and message.calls and (len(message.calls) > 1 or message.content.strip()):
                 raise BadRow(f"row {row.line} has an answer with {'text and ' * bool(message.content.strip())}{len(message.calls)} calls of tools; "
                              f"the template {self.name} writes one call and nothing besides")
@@ -119,11 +125,25 @@ def qwen(turns: Turns) -> list[Segment]:
     return chatml(turns if turns[0][1].role == "system" else [(None, default), *turns])
 
 
+THOUGHT = re.compile(r"\s*(?:<think>)?(.*?)</think>\n*", re.DOTALL)  # the beginning may have been part of the question, as with DeepSeek-R1
+
+
 def qwen3(turns: Turns) -> list[Segment]:
-    """ChatML whose last answer begins with an empty thought, as Qwen 3 writes where it is told not to think."""
-    *before, (turn, last) = _hermes(turns)
-    thought = [Segment("<think>", True), Segment("\n\n"), Segment("</think>", True), Segment("\n\n")]
-    return _chatml([*before, (turn, replace(last, content=last.content.lstrip("\n")))], thought)
+    """ChatML in which an answer to the last question begins with its thought, in control tokens and learnt as the answer is; the last one, where it has
+    none, with an empty one, which is no part of the answer, as Qwen 3 writes where it is told not to think. Thoughts of answers before are left out."""
+    asked = max((place for place, (_, message) in enumerate(turns) if message.role == "user"), default=-1)
+    begins, end, said = {}, Segment("</think>", True), []
+    for place, (turn, message) in enumerate(turns):
+        if message.role == "assistant":
+            found, is_last = THOUGHT.match(message.content), place == len(turns) - 1
+            thought, content = (found[1].strip("\n"), message.content[found.end() :]) if found else ("", message.content.lstrip("\n" * is_last))
+            if place > asked and thought:
+                begins[turn] = [Segment("<think>", True, turn), Segment(f"\n{thought}\n", turn=turn), end._replace(turn=turn), Segment("\n\n", turn=turn)]
+            elif is_last:
+                begins[turn] = [Segment("<think>", True), Segment("\n\n"), end, Segment("\n\n")]
+            message = replace(message, content=content)
+        said.append((turn, message))
+    return _chatml(_hermes(said), begins)
 
 
 def gemma(turns: Turns) -> list[Segment]:
@@ -204,12 +224,11 @@ def _apart(turns: Turns) -> tuple[str | None, list[tuple[int | None, str, str]]]
     return system, [(turn, message.role, question(message)) for turn, message in turns if message.role != "system"]
 
 
-def _chatml(turns: Turns, thought: list[Segment] | None = None) -> list[Segment]:
+def _chatml(turns: Turns, begins: dict[int | None, list[Segment]] | None = None) -> list[Segment]:
     start, end, segments = Segment("<|im_start|>", True), Segment("<|im_end|>", True), []
-    for place, (turn, message) in enumerate(turns, 1):
+    for turn, message in turns:
         if message.role == "assistant":
-            between = thought or [] if place == len(turns) else []
-            segments += [start, Segment("assistant\n"), *between, Segment(message.content, turn=turn), end._replace(turn=turn), BREAK]
+            segments += [start, Segment("assistant\n"), *(begins or {}).get(turn, ()), Segment(message.content, turn=turn), end._replace(turn=turn), BREAK]
         else:
             segments += [start, Segment(f"{message.role}\n{question(message)}", turn=turn), end, BREAK]
     return segments[:-1]
@@ -249,5 +268,6 @@ def _json(value: object) -> str:
 TEMPLATES = {template.name: template for template in (
     Template("alpaca", alpaca, chat=False), Template("plain", plain, chat=False), Template("chatml", chatml, "<|im_end|>", tools=True),
     Template("llama2", llama2), Template("llama3", llama3, "<|eot_id|>"), Template("llama3.1", llama31, "<|eot_id|>", tools=True),
-    Template("mistral", mistral), Template("qwen", qwen, "<|im_end|>", tools=True), Template("qwen3", qwen3, "<|im_end|>", tools=True),
+    Template("mistral", mistral), Template("qwen", qwen, "<|im_end|>", tools=True),
+    Template("qwen3", qwen3, "<|im_end|>", tools=True, reads=frozenset({"<think>", "</think>"})),
     Template("gemma", gemma, "<end_of_turn>"))}

@@ -5,14 +5,13 @@ import sys
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from engine.config import Data
-from engine.data.build import BATCH
+from engine.data.build import batches
 from engine.data.cache import known_survey
 from engine.data.dataset import NAMED, Dataset
 from engine.data.formats import FORMATS, BadRow, Row
@@ -49,7 +48,7 @@ def read(dataset: Dataset, data: Data, tokenizer: Tokenizer) -> Texts:
     with tqdm(total=total, desc="reading text", unit_scale=True, unit="", disable=not sys.stderr.isatty(), leave=False) as progress:
         for file, survey in surveys:
             rows = _rows(survey, dataset.sources[file.source].format, data, progress)
-            while batch := list(islice(rows, BATCH)):
+            for batch in batches(rows, lambda row: sum(len(message.content) + len(message.input) for message in row.messages)):
                 found.rows += len(batch)
                 scripts.count(batch, found)
                 for row, merges in zip(batch, _merges(batch, write, data.system, tokenizer), strict=True):
