@@ -18,7 +18,8 @@ pytestmark = [pytest.mark.cuda, pytest.mark.skipif(WHY_NOT is not None, reason=s
 
 
 def launch(case: Case, grad: torch.Tensor) -> list[torch.Tensor]:
-    leaves = [x.cuda().requires_grad_() for x in (case.q, case.k, case.v)]
+    # .cuda() would close the gaps between tokens
+    leaves = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda").copy_(x).requires_grad_() for x in (case.q, case.k, case.v)]
     turned = [None if x is None else x.cuda() for x in (case.cosine, case.sine)]
     out = fused_attention(*leaves, case.tiles.cuda(), case.scale, *turned)
     out.backward(grad.cuda())
