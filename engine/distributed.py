@@ -219,7 +219,8 @@ def wrap(model: nn.Module, world: World) -> nn.Module:
     """
     if world.size == 1:
         return model
-    check_replicas(dict(model.named_parameters()), world)
+    alike = {name: one for name, one in model.named_parameters() if ".lora_" not in name}  # a start by PiSSA may differ with the threads, and is handed out
+    check_replicas(alike, world)
     wrapped = DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None,
                                       gradient_as_bucket_view=True)
     _WRAPPED.append(wrapped)
@@ -319,7 +320,8 @@ def _computes_on(device: torch.device) -> dict[str, str]:
 def bit_sums(tensors: dict[str, Tensor]) -> Tensor:
     """One number a tensor: its elements' bits as whole numbers, summed modulo 2^64. One flipped bit changes it."""
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return torch.stack([tensor.detach().view(whole[tensor.itemsize]).sum(dtype=torch.int64) for tensor in tensors.values()])
+    flat = [tensor.detach().reshape(-1).view(whole[tensor.itemsize]) for tensor in tensors.values()]
+    return torch.stack([sum(part.sum(dtype=torch.int64) for part in one.split(1 << 24)) for one in flat])  # a sum makes a copy of 8 bytes an element
 
 
 @watchdog.exchange()

@@ -22,6 +22,7 @@ from engine.models.config import ModelConfig
 from engine.models.llama import ROPE_SCALINGS
 
 TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
+OF_LLAMA3 = {"factor": 0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # what gguf_in tells from divisors
 NAMES = {**{model_type: name for name, (model_type, _) in ARCHITECTURES.items()}, "mistral": "llama"}  # of config.json's model_type, the architecture's
 
 
@@ -72,7 +73,12 @@ def check(path: Path, config: dict[str, Any], folder: Path, dtype: str) -> Model
     for width in (model.hidden_size, model.intermediate_size, model.num_attention_heads * model.head_dim):
         if dtype == "q8_0" and width % 32:
             refuse(path, f"has rows of {width} numbers, Q8_0 takes multiples of 32; choose fp16 or bf16")
-    rule_of(path, folder)
+    if model_type != "qwen2" and (model.qkv_bias or model.o_bias):
+        refuse(path, "attention_bias is true, which a GGUF of Llama has no place for")
+    if model.ropes[0].kind == "llama3" and {**model.ropes[0].parameters, "factor": 0} != OF_LLAMA3:
+        refuse(path, f"its positions are scaled by {model.ropes[0].parameters}, expected Llama 3.1's: {OF_LLAMA3}, and any factor")
+    if not rule_of(path, folder):
+        pieces_of(path, folder)
     return model
 
 
@@ -177,23 +183,28 @@ def _added(stored: dict[str, Any]) -> dict[int, tuple[str, int]]:
 
 
 def write_sentencepiece(writer: Any, path: Path, folder: Path, size: int) -> dict[int, tuple[str, int]]:
-    """Pieces and scores of tokenizer.model, and behind them what a tokenizer.json beside it has added. Returns the tokens by their ids."""
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto
-
-    model = ModelProto.FromString((folder / "tokenizer.model").read_bytes())
-    if model.trainer_spec.model_type != model.trainer_spec.BPE:
-        refuse(folder, "its sentencepiece model is no BPE")
+    """Pieces and scores of tokenizer.model, and what a tokenizer.json beside it has added. Returns the tokens by their ids."""
+    model = pieces_of(path, folder)
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
-    stored = read_json(folder / "tokenizer.json")
-    vocabulary = stored.get("model", {}).get("vocab")
-    for number, piece in enumerate(model.pieces):
-        if isinstance(vocabulary, dict) and piece.type == NORMAL and vocabulary.get(piece.piece) != number:
-            refuse(path, f"tokenizer.model has {piece.piece!r} as {number}, tokenizer.json as {vocabulary.get(piece.piece)}")
     writer.add_token_scores(([piece.score for piece in model.pieces] + [0.0] * size)[:size])
     writer.add_add_space_prefix(model.normalizer_spec.add_dummy_prefix)
     writer.add_remove_extra_whitespaces(model.normalizer_spec.remove_extra_whitespaces)
     if model.normalizer_spec.precompiled_charsmap:
         writer.add_precompiled_charsmap(model.normalizer_spec.precompiled_charsmap)
     pieces = {number: (piece.piece.replace("▁", " ") if piece.type == USER_DEFINED else piece.piece, piece.type) for number, piece in enumerate(model.pieces)}
-    return _added(stored) | pieces
+    return pieces | {number: one for number, one in _added(read_json(folder / "tokenizer.json")).items() if number not in pieces or pieces[number][0] != one[0]}
+
+
+def pieces_of(path: Path, folder: Path) -> Any:
+    """The content of tokenizer.model, if it can be written and says what a tokenizer.json beside it does."""
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    model = ModelProto.FromString((folder / "tokenizer.model").read_bytes())
+    if model.trainer_spec.model_type != model.trainer_spec.BPE:
+        refuse(path, "its sentencepiece model is no BPE")
+    vocabulary = read_json(folder / "tokenizer.json").get("model", {}).get("vocab")
+    for number, piece in enumerate(model.pieces):
+        if isinstance(vocabulary, dict) and piece.type == NORMAL and vocabulary.get(piece.piece) != number:
+            refuse(path, f"tokenizer.model has {piece.piece!r} as {number}, tokenizer.json as {vocabulary.get(piece.piece)}")
+    return model

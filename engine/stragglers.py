@@ -46,7 +46,9 @@ class Stragglers:
             return
         seconds, tokens = self.spent[: self.world.size], self.spent[self.world.size :]
         slowest = max(range(self.world.size), key=seconds.__getitem__)
-        rates = [one / work for rank, (one, work) in enumerate(zip(seconds, tokens, strict=True)) if rank != slowest and 2 * work >= tokens[slowest]]
+        # Less work makes no less time: a rank may have fewer tokens because its documents are long.
+        rates = [one / min(work, tokens[slowest]) for rank, (one, work) in enumerate(zip(seconds, tokens, strict=True))
+                 if rank != slowest and 2 * work >= tokens[slowest]]
         if not rates:  # it alone has so much to do
             return
         expected = tokens[slowest] * median(rates)

@@ -260,7 +260,10 @@ def test_what_a_reader_that_was_killed_left_goes(blocks_of_32, tmp_path):
 def test_what_gguf_cannot_say_is_refused_by_name(tiny, tmp_path):
     config = json.loads((tiny / "config.json").read_text())
     tensors = load_file(tiny / "model.safetensors")
-    for changes, named in (({"model_type": "phi3"}, "model_type is 'phi3'"), ({"rope_scaling": {"rope_type": "yarn"}}, "rope type is 'yarn'")):
+    for changes, named in (({"model_type": "phi3"}, "model_type is 'phi3'"), ({"rope_scaling": {"rope_type": "yarn"}}, "rope type is 'yarn'"),
+                           ({"attention_bias": True}, "attention_bias is true"),
+                           ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 2.0,
+                                              "original_max_position_embeddings": 8192}}, "its positions are scaled by .*'high_freq_factor': 2.0")):
         with pytest.raises(EngineError, match=named):
             gguf_out.write(tmp_path / "out.gguf", {**config, **changes}, tensors.items(), tiny, "fp16")
     with pytest.raises(EngineError, match="has a tensor model.layers.0.self_attn.extra.weight"):
@@ -293,7 +296,7 @@ def test_a_sentencepiece_model_is_written_although_a_tokenizer_json_lies_beside_
     config, path = {**json.loads((tiny / "config.json").read_text()), "vocab_size": 343}, tmp_path / "out.gguf"
     if not fits:
         with pytest.raises(EngineError, match="tokenizer.model has .* as 259, tokenizer.json as 260"):
-            gguf_out.write(path, config, [], folder, "fp32")
+            gguf_out.check(path, config, folder, "fp32")
         return
     gguf_out.write(path, config, [], folder, "fp32")
     read = {name.removeprefix("tokenizer."): field.contents() for name, field in gguf.GGUFReader(path).fields.items()}

@@ -162,7 +162,7 @@ def test_losses_and_shares_by_source_add_up_to_the_whole(recipe, trained, tiny, 
 
 @pytest.mark.parametrize("name, peak", [("NVIDIA H200", 989e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 NVL", 835e12),
                                         ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L4", 121e12), ("NVIDIA L40S", 362e12), ("Tesla T4", 65e12),
-                                        ("NVIDIA L40", None), ("NVIDIA RTX A1000", None), ("NVIDIA T400 4GB", None)])
+                                        ("NVIDIA GH200 480GB", 989e12), ("NVIDIA L40", None), ("NVIDIA RTX A1000", None), ("NVIDIA T400 4GB", None)])
 def test_a_gpu_has_its_own_peak_and_no_others(monkeypatch, name, peak):
     """One that is not listed is measured, which needs it: a small product stands in."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)

@@ -350,6 +350,17 @@ def test_parquet_rows_of_any_size_are_read_in_bounded_memory(tmp_path):
     assert largest < 2 * BATCH_BYTES and peak < 6 * BATCH_BYTES, (largest, peak)
 
 
+def test_a_parquet_category_counts_for_what_a_row_has_of_it(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = [f"{number} " * 600 for number in range(9000)]  # more than a record may have, all together
+    text = pyarrow.array([*range(9000), None]).cast(pyarrow.int32())
+    table = pyarrow.table({"text": pyarrow.DictionaryArray.from_arrays(text, texts), "more": [[{"a": 1}]] * 9001})
+    parquet.write_table(table, path := tmp_path / "rows.parquet")
+    rows = [row for span in survey(path).spans for _, row in records(span)]
+    assert rows[:9000] == [{"text": one, "more": [{"a": 1}]} for one in texts] and rows[9000] == {"more": [{"a": 1}]}
+    assert max(row.size for row in rows) < 10_000
+
+
 def test_a_parquet_column_comes_once(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pyarrow.table([["a"], ["b"]], names=["output", "output"]), path := tmp_path / "rows.parquet")

@@ -288,6 +288,7 @@ def test_a_rank_is_slow_that_takes_twice_the_others_time_over_many_steps(capsys)
     assert not told(0.1, 0.3, steps=19) and not told(0.1, 0.15, 0.1) and not told(0.001, 0.01) and not told(9.0)
     # what it has to do is no fault of its machine's: twice the tokens of others, or all of them
     assert not told(0.3, 0.12, 0.1, tokens=(1024, 512, 512)) and "rank 0 is slow" in told(0.5, 0.12, 0.1, tokens=(1024, 512, 512))
+    assert not told(1.01, 1.0, tokens=(8192, 30000)) and not told(1.0, 1.01, 1.0, tokens=(30000, 8192, 30000))
     assert not told(0.3, 0.001, 0.001, tokens=(512, 1, 1)) and "rank 2 is slow" in told(0.1, 0.001, 0.3, tokens=(512, 1, 512))
 
 

@@ -50,7 +50,7 @@ def rows(path: Path, start: int, stop: int, longest: int) -> Iterator[tuple[int,
                 at_once = max(1, min(ROWS, BYTES * group.num_rows // max(1, group.total_byte_size)))
                 for batch in file.iter_batches(batch_size=at_once, row_groups=[number], use_threads=False):
                     begin = min(max(0, start - first), len(batch))
-                    yield from enumerate(_read(batch.slice(begin, max(0, stop - first - begin)), longest), first + begin + 1)
+                    yield from enumerate(_read(_spelled(batch).slice(begin, max(0, stop - first - begin)), longest), first + begin + 1)
                     first += len(batch)
             first = end
 
@@ -64,6 +64,12 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
     except (OSError, ValueError, KeyError, NotImplementedError) as error:  # pyarrow's own are these
         raise EngineError("DATA-FILE", f"{path}: cannot be read as parquet: {' '.join(str(error).split())[:200]}") from error
+
+
+def _spelled(batch: Any) -> Any:
+    """With the values of a dictionary where a column names them by number, as pandas' categories: its size would be every row's."""
+    columns = [column.dictionary_decode() if hasattr(column, "dictionary_decode") else column for column in batch.columns]
+    return type(batch).from_arrays(columns, names=batch.schema.names)
 
 
 def _read(batch: Any, longest: int) -> Iterator[Sized | BadRow]:

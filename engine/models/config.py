@@ -122,12 +122,12 @@ def _rope(theta: float, given: dict[str, Any], problems: list[str]) -> Rope:
     theta = given.pop("rope_theta", None) or theta
     if given.pop("partial_rotary_factor", 1.0) != 1.0:
         problems.append("partial_rotary_factor of the positions is not 1")
-    if not all(map(_is_number, (theta, *given.values()))):
-        problems.append(f"the positions have {theta!r} and {given}, expected numbers")
-    elif kind not in ROPE_PARAMETERS:
+    if kind not in ROPE_PARAMETERS:
         problems.append(f"rope type is {kind!r}, expected one of {', '.join(ROPE_PARAMETERS)}")
     elif given.keys() != ROPE_PARAMETERS[kind]:
         problems.append(f"rope type {kind!r} has the parameters {sorted(given)}, expected {sorted(ROPE_PARAMETERS[kind])}")
+    elif not all(map(_is_number, (theta, *given.values()))):
+        problems.append(f"the positions have {theta!r} and {given}, expected numbers")
     return Rope(theta, kind, given)
 
 
