@@ -215,15 +215,17 @@ def test_twenty_launches_told_at_a_random_moment(recipe, launch, trained, tmp_pa
     options = (*FULL, *LONG, "train.epochs=40", "checkpoint.every_steps=0", "checkpoint.each_epoch=false", f"data.validation={tmp_path}/rows.jsonl",
                "log.tensorboard=false")
     trained(2, recipe(*options, name="whole"))
-    run, stops, begun = tmp_path / "runs/cut", 0, 0
+    run, stops, begun, start_s = tmp_path / "runs/cut", 0, 0, 2.0
     while stops < 20:
         started = launch(2, recipe(*options, name="cut"))
         until(started.listens, "the launcher")
         if stops % 2:
+            since = time.monotonic()
             until(lambda begun=begun, started=started: last_step(run) > begun or started.process.poll() is not None, "a step", 90)
-            time.sleep(draw.random() * 0.3)
-        else:
-            time.sleep(draw.random() * 8)
+            start_s = time.monotonic() - since
+            time.sleep(draw.random() * 0.1)
+        else:  # before the first step, as long as this machine takes to it, or a little after
+            time.sleep(draw.random() * 1.05 * start_s)
         if started.process.poll() is not None:
             break
         pid = draw.choice([started.process.pid, *(started.ranks() if stops % 2 else [])])

@@ -92,7 +92,7 @@ WHERE = {"model": (weights, "build", 1, "step 0, starting"), "wrap": (distribute
          "forward": (loss, "summed_cross_entropy", 6, r"step \d, after"), "exchange": (distributed, "sum_over_ranks", 4, "step 4, after backward"),
          "inside": (torch.distributed, "all_reduce", 4, "step 4, after backward"),
          "optimizer": (optim, "unscale_and_clip", 3, "step [34], after"), "evaluation": (evaluate.Evaluation, "run", 1, "evaluation"),
-         "replicas": (distributed, "check_replicas", 1, "step 2, after optimizer"), "export": (export.Exporter, "run", 1, "step 3, after the last step")}
+         "replicas": (distributed, "check_replicas", 2, "step 2, after optimizer"), "export": (export.Exporter, "run", 1, "step 3, after the last step")}
 
 
 @pytest.mark.parametrize("size, rank, where", [
