@@ -14,14 +14,15 @@ SAME_S = 1.0  # a scheduler that signals every process of a job signals the laun
 class StopRequest:
     """`asked` turns true on SIGTERM, SIGINT or SIGUSR1; another of them, a second or more after the first, ends the process at once.
 
-    Until `ranks_agree` the first one leaves the block that the main thread is in, as Ctrl-C does: there is nothing to save yet.
+    Until `ranks_agree` the first one leaves the block that the main thread is in, as Ctrl-C does: there is nothing to save yet. Before the block it
+    ends the process, for there torch is imported: its own code drops an exception that comes while it imports numpy, and goes on with half of that.
     Python runs handlers between two calls of its own, and a call into torch can wait for minutes. So a thread listens too.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def __init__(self) -> None:
-        self.asked, self.at_once = False, True
+        self.asked, self.at_once, self.inside = False, True, False
         self.before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
         self.reads, writes = os.pipe()
         os.set_blocking(writes, False)
@@ -38,6 +39,8 @@ class StopRequest:
         if self.at_once:
             if rank_in_launch() == 0:
                 os.write(2, b"told to stop before the ranks had met: there is nothing to save\n")  # print may be at work below
+            if not self.inside:
+                os._exit(PREEMPTED)
             raise SystemExit(PREEMPTED)
 
     def _listen(self) -> None:
@@ -49,6 +52,7 @@ class StopRequest:
                     os._exit(128 + signals[0])
 
     def __enter__(self) -> "StopRequest":
+        self.inside = True
         return self
 
     def __exit__(self, *_: object) -> None:
