@@ -22,6 +22,8 @@ from engine.publish import published
 
 # GGUF's architecture -> config.json's model_type and class. All count their parts in the same names.
 ARCHITECTURES = {"llama": ("llama", "LlamaForCausalLM"), "qwen2": ("qwen2", "Qwen2ForCausalLM")}
+# What of Llama 3.1's scaling of positions every model has; a GGUF holds divisors in its place, from which the factor alone is told.
+OF_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 WITH_BIAS = {"llama": (), "qwen2": ("attn_q", "attn_k", "attn_v")}
 
 
@@ -182,8 +184,7 @@ def rope_scaling(metadata: Metadata, divisors: Any, theta: float, head_dim: int)
     if divisors is None:
         return {"rope_type": kind, "factor": decimal(metadata.of_model("rope.scaling.factor"))} if kind == "linear" else None
     found = torch.tensor(divisors.data.tolist(), dtype=torch.float64)
-    scaling = {"rope_type": "llama3", "factor": float(found.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 8192}
+    scaling = {"rope_type": "llama3", "factor": float(found.max()), **OF_LLAMA3}
     frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     expected = frequencies / ROPE_SCALINGS["llama3"](frequencies, scaling)
     if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-5):

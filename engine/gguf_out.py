@@ -16,13 +16,12 @@ from torch import Tensor
 from engine.data.chat_template import own_template
 from engine.data.tokenizer import load_tokenizer, read_json
 from engine.errors import EngineError, extra
-from engine.gguf_in import ARCHITECTURES, CONTROL, IN_BLOCK, NORMAL, UNUSED, USER_DEFINED, WHOLE, pre_tokenizers
+from engine.gguf_in import ARCHITECTURES, CONTROL, IN_BLOCK, NORMAL, OF_LLAMA3, UNUSED, USER_DEFINED, WHOLE, pre_tokenizers
 from engine.models import FAMILIES
 from engine.models.config import ModelConfig
 from engine.models.llama import ROPE_SCALINGS
 
 TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
-OF_LLAMA3 = {"factor": 0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # what gguf_in tells from divisors
 NAMES = {**{model_type: name for name, (model_type, _) in ARCHITECTURES.items()}, "mistral": "llama"}  # of config.json's model_type, the architecture's
 
 
@@ -75,7 +74,7 @@ def check(path: Path, config: dict[str, Any], folder: Path, dtype: str) -> Model
             refuse(path, f"has rows of {width} numbers, Q8_0 takes multiples of 32; choose fp16 or bf16")
     if model_type != "qwen2" and (model.qkv_bias or model.o_bias):
         refuse(path, "attention_bias is true, which a GGUF of Llama has no place for")
-    if model.ropes[0].kind == "llama3" and {**model.ropes[0].parameters, "factor": 0} != OF_LLAMA3:
+    if model.ropes[0].kind == "llama3" and {key: model.ropes[0].parameters[key] for key in OF_LLAMA3} != OF_LLAMA3:
         refuse(path, f"its positions are scaled by {model.ropes[0].parameters}, expected Llama 3.1's: {OF_LLAMA3}, and any factor")
     if not rule_of(path, folder):
         pieces_of(path, folder)

@@ -302,7 +302,8 @@ def _encode(pieces: dict[tuple[str, bool | None], int], tokenizer: Tokenizer) ->
 
 
 def prompt_ids(row: Row, template: str, tokenizer: Tokenizer, system: str | None = None) -> list[int]:
-    """What generation starts from: exactly the tokens that stand before the last answer in training. The row may lack that answer."""
+    """What generation starts from: exactly the tokens that stand before the last answer in training. The row may lack that answer,
+    which then is one without a thought."""
     if row.messages[-1].role not in ("assistant", "text"):
         row = replace(row, messages=(*row.messages, Message("assistant", "")))
     tokens = tokenise([row], template, system, "answers", tokenizer)
