@@ -21,16 +21,18 @@ def extension() -> dict:
     """What setup needs to build engine._C; nothing, and the reason printed, where it cannot be built."""
     try:
         import torch
-        from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CUDAExtension
+        from torch.utils import cpp_extension
+        from torch.utils.cpp_extension import BuildExtension, CUDAExtension
     except ImportError as error:
         return left_out(f"torch cannot be imported ({error}); pip install --no-build-isolation -e . uses the installed one")
     if torch.version.cuda is None:
         return left_out(f"torch {torch.__version__} is built without CUDA")
-    if CUDA_HOME is None or not shutil.which(f"{CUDA_HOME}/bin/nvcc"):
+    home = cpp_extension.CUDA_HOME = toolkit(cpp_extension.CUDA_HOME)
+    if home is None:
         return left_out(f"no nvcc; set CUDA_HOME to the folder of CUDA {torch.version.cuda}")
     here = ["{}.{}".format(*torch.cuda.get_device_capability(number)) for number in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace("native", "") or ";".join(sorted(set(here))) or ARCHITECTURES
-    possible = architectures(wanted, f"{CUDA_HOME}/bin/nvcc")
+    possible = architectures(wanted, f"{home}/bin/nvcc")
     if not possible:
         return left_out(f"kernels need {OLDEST} or newer, and an nvcc that knows it: got {wanted}; TORCH_CUDA_ARCH_LIST names others")
     os.environ["TORCH_CUDA_ARCH_LIST"] = possible
@@ -46,6 +48,17 @@ def extension() -> dict:
     sources = [f"kernels/{name}" for name in ("bindings.cpp", "forward.cu", "backward.cu")]
     depends = [f"kernels/{name}" for name in ("attention.h", "block.h", "simt.h")]
     return {"ext_modules": [CUDAExtension("engine._C", sources, depends=depends)], "cmdclass": {"build_ext": Build}}
+
+
+def toolkit(found: str | None) -> str | None:
+    """The folder of CUDA: the one that torch has `found`, or where its nvcc says it lies, for an nvcc on PATH may be a script or a link alone."""
+    if found is None or not shutil.which(f"{found}/bin/nvcc"):
+        return None
+    if os.path.exists(f"{found}/include/cuda_runtime_api.h"):
+        return found
+    said = subprocess.run([f"{found}/bin/nvcc", "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True, check=False).stderr
+    top = re.search(r"^#\$ TOP=(.+)", said, re.MULTILINE)
+    return os.path.realpath(top[1].strip()) if top else found
 
 
 def architectures(wanted: str, nvcc: str) -> str:

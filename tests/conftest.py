@@ -40,6 +40,10 @@ from engine.data.formats import Message, Row
 from engine.errors import EngineError
 from engine.metrics import MEASURED
 
+# With other versions than the pinned ones, as on a GPU's machine, each run would say so, among the warnings that tests count.
+PINNED = dict(rundir.TESTED)
+rundir.TESTED.update({name: ".".join(rundir.installed(name).split(".")[:2]) for name in rundir.TESTED})
+
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = "red blue green cat dog fish apple pear one two three runs sleeps eats 红 蓝 猫 狗 跑".split()
 TINY = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,

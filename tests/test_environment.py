@@ -12,7 +12,7 @@ from pathlib import Path
 import disks
 import pytest
 import torch
-from conftest import ROOT
+from conftest import PINNED, ROOT
 from test_resume import result
 
 from engine import errors, rundir, train
@@ -234,6 +234,10 @@ def test_a_recipe_edited_meanwhile_changes_nothing_in_the_run(recipe, ranks, ref
 def test_versions_that_no_test_ran_with_are_told(tmp_path, monkeypatch, capsys):
     from engine.config import Recipe
 
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if re.fullmatch(r"[\w-]+==\S+", line))
+    assert len(PINNED) == 3
+    monkeypatch.setattr(rundir, "TESTED", PINNED)
+    monkeypatch.setattr(rundir, "installed", pins.get)
     rundir.describe(tmp_path, Recipe(), {})
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(rundir, "installed", lambda name: "9.1.0" if name == "torch" else "2.4.0" if name == "omegaconf" else None)

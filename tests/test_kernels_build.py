@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import setuptools
+import torch.utils.cpp_extension
 from conftest import ROOT
 
 
@@ -75,6 +76,17 @@ def test_architectures_are_those_of_the_kernels_and_of_nvcc(monkeypatch, set_up,
     assert ("is not built: kernels need 8.0 or newer, and an nvcc that knows it: got " in said) == (built is None)
 
 
+def test_an_nvcc_on_the_path_that_only_leads_to_the_real_one(monkeypatch, set_up, old_cuda, tmp_path):
+    """torch takes the folder above it for CUDA's, where no header is."""
+    leads = tmp_path / "local/bin/nvcc"
+    leads.parent.mkdir(parents=True)
+    leads.write_text(f"#!/bin/sh\n[ $1 != --dryrun ] || echo '#$ TOP={old_cuda}/bin/..' >&2\nexec {old_cuda}/bin/nvcc")
+    leads.chmod(0o755)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    given, _ = set_up(ROOT, tmp_path / "local")
+    assert given["ext_modules"] and torch.utils.cpp_extension.CUDA_HOME == str(old_cuda)
+
+
 def cuda_home() -> Path | None:
     """The folder of nvcc, where it has the libraries too."""
     home = shutil.which("nvcc") and Path(subprocess.run(["nvcc", "--dryrun", "-E", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
@@ -124,7 +136,7 @@ int cudaPeekAtLastError() { return last; }
 def test_a_launch_that_fails_is_told_once(tmp_path):
     """Or torch would raise it at its own next launch."""
     (tmp_path / "runtime.cpp").write_text(RUNTIME)
-    command = ["nvcc", "-std=c++17", "-arch=sm_80", "-shared", "-Xcompiler", "-fPIC", "--cudart=none", "-o", "it.so", "runtime.cpp", ROOT / "kernels/probe.cu"]
+    command = ["nvcc", "-std=c++17", "-arch=sm_80", "-shared", "-Xcompiler", "-fPIC", "-Xlinker", "-Bsymbolic", "--cudart=none", "-o", "it.so", "runtime.cpp", ROOT / "kernels/probe.cu"]
     subprocess.run(command, cwd=tmp_path, check=True)
     library = ctypes.CDLL(str(tmp_path / "it.so"))
     assert library.probe(bytes(32), 0) == 98 and library.cudaPeekAtLastError() == 0
