@@ -44,6 +44,7 @@ from engine.metrics import MEASURED
 PINNED = dict(rundir.TESTED)
 rundir.TESTED.update({name: ".".join(rundir.installed(name).split(".")[:2]) for name in rundir.TESTED})
 
+NO_GPU = "needs a CUDA device: ./tests/run.sh --cuda on a machine that has one"
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = "red blue green cat dog fish apple pear one two three runs sleeps eats 红 蓝 猫 狗 跑".split()
 TINY = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
@@ -175,6 +176,20 @@ def tiny(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def wide(tiny: Path, tmp_path: Path) -> Path:
+    """A model folder with heads as the fused kernels take them."""
+    from engine.models import weights
+
+    folder, cpu = tmp_path / "wide", torch.device("cpu")
+    folder.mkdir()
+    config = {**TINY, "vocab_size": 340, "head_dim": 64, "num_hidden_layers": 2}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.model").write_bytes((tiny / "tokenizer.model").read_bytes())
+    weights.write_folder(folder, config, weights.untied(weights.build(folder, "random", 3, torch.float32, torch.float32, cpu)).items())
+    return folder
+
+
+@pytest.fixture
 def recipe(tiny: Path, tmp_path: Path) -> Callable[..., list[str]]:
     """Arguments for `train.main`: small defaults in a fresh folder, `key=value` strings override them."""
     write_rows(tmp_path / "rows.jsonl", ragged_rows(23))
@@ -188,6 +203,17 @@ def recipe(tiny: Path, tmp_path: Path) -> Callable[..., list[str]]:
         return [str(tmp_path / "recipe.yaml"), *(f"{key}={value}" for key, value in base.items())]
 
     return arguments
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """GPUs are there for the tests marked `cuda` alone: all others fork, and compute on CPUs, as on a machine without.
+
+    The first backward of a process settles whether autograd has threads for devices, after which no fork of it may compute gradients;
+    such devices as torch.compile makes up count as well.
+    """
+    if config.option.markexpr.strip() != "cuda":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        torch.ones(1, requires_grad=True).backward()
 
 
 def pytest_collection_finish() -> None:

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import NO_GPU, ROOT
 from packs import BF16, FP16, Case, judge, make
 
 from engine import attention
 from engine.fused_attention import BLOCK, fused_attention, refusal, tile_list
 
-WHY_NOT = refusal(torch.device("cuda"), BF16, 64, ()) if torch.cuda.is_available() else "needs a CUDA device"
+WHY_NOT = refusal(torch.device("cuda"), BF16, 64, ()) if torch.cuda.is_available() else NO_GPU
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
 
 

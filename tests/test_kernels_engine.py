@@ -7,7 +7,6 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY
 from emulation import operators
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -34,18 +33,6 @@ def emulated():
 def shorter(monkeypatch):
     """Documents for the trial before a run; the emulator would take a minute for those that a GPU is tried on."""
     monkeypatch.setattr(attention, "TRIED", (1, 65, 3))
-
-
-@pytest.fixture
-def wide(tiny, tmp_path):
-    """A model's folder with heads as the kernels have them."""
-    folder = tmp_path / "wide"
-    folder.mkdir()
-    config = {**TINY, "vocab_size": 340, "head_dim": 64, "num_hidden_layers": 2}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tokenizer.model").write_bytes((tiny / "tokenizer.model").read_bytes())
-    weights.write_folder(folder, config, weights.untied(weights.build(folder, "random", 3, torch.float32, torch.float32, CPU)).items())
-    return folder
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from datetime import date
 import numpy as np
 import pytest
 import torch
+from conftest import NO_GPU
 from emulation import SOURCES, Report, compile_once
 from test_kernels_compile import version
 
@@ -116,7 +117,7 @@ def test_each_architecture_has_a_line_of_its_own():
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available() or not shutil.which("nvcc"), reason="needs a CUDA device and nvcc")
+@pytest.mark.skipif(not torch.cuda.is_available() or not shutil.which("nvcc"), reason=f"{NO_GPU}, and nvcc")
 def test_the_gpu_does_what_the_emulator_does(emulated, tmp_path):
     architecture = "sm_{}{}".format(*torch.cuda.get_device_capability())
     subprocess.run(["nvcc", "-std=c++17", f"-arch={architecture}", "-shared", "-Xcompiler", "-fPIC", "-o", f"{tmp_path}/probe.so", str(SOURCES / "probe.cu")],
@@ -133,4 +134,4 @@ def test_the_wrappers_are_those_that_ran_on_a_gpu():
     known = [line.split(maxsplit=2) for line in PROVEN.read_text().splitlines()]
     stale = ", ".join(f"{architecture} ({proven[:12]}, {where})" for architecture, proven, where in known if proven != digest())
     if stale or not known:
-        pytest.skip(f"simt.h as it is has not run on {stale or 'any GPU'}; pytest -m cuda tests/test_kernels_machine.py on one notes it")
+        pytest.skip(f"simt.h as it is has not run on {stale or 'any GPU'}; ./tests/run.sh --cuda on one notes it")

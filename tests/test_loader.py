@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from conftest import NO_GPU
 
 from engine.attention import PackedAttention
 from engine.data.loader import AHEAD, Loader, collate
@@ -210,7 +211,7 @@ def test_a_bounded_number_of_steps_is_prepared_while_the_loop_computes(monkeypat
 @pytest.mark.cuda
 def test_tensors_arrive_on_the_device():
     if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+        pytest.skip(NO_GPU)
     rows, device = documents(60), torch.device("cuda", 0)
     plan = plan_of(rows, True)
     assert all(batch.ids.is_pinned() for batch in Loader(rows, plan, 0, 1, 2, cost, device, 0, 1)._prepare(0)[1])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Ranks, loaded, steps
+from conftest import NO_GPU, Ranks, loaded, steps
 from test_resume import FULL, LORA, result, steps_done
 from test_watchdog import command, ends, fail, here, on_call, stop_self
 from torch import nn
@@ -315,7 +315,7 @@ def test_copies_lie_in_the_same_memory_each_time(tmp_path):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU)
 def test_copies_from_a_gpu_lie_in_pinned_memory_and_are_there_when_the_loop_goes_on(tmp_path):
     loop, world = Loop(tmp_path), World(0, 1, 0, torch.device("cuda", 0))
     loop.weight = nn.Parameter(torch.ones(1 << 26, device=world.device))
