@@ -152,7 +152,7 @@ class PackedAttention:
         self.path, self.lengths = path, list(lengths)
         self.kernel = cpu_attention if path == "cpu" else _sdpa
         if path == "reference":
-            self.document = torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths)).to(device)
+            self.document = torch.repeat_interleave(torch.tensor(self.lengths), output_size=sum(self.lengths)).to(device)
         elif path == "fused":
             self.tiles = fused_attention.tile_list(self.lengths).to(device, non_blocking=True)
             self.device = device

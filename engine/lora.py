@@ -88,9 +88,8 @@ class LoRALinear(Linear):
     def lengths(self) -> Tensor:
         """The length of each row of weight + scale · B A (out,), fp32, without that matrix being formed."""
         a, b = (part.float() for part in self.pair())
-        with torch.autocast(a.device.type, enabled=False):
-            cross = (b * F.linear(self.weight.float(), a)).sum(1)
-            own = ((b @ (a @ a.T)) * b).sum(1)
+        cross = (b * F.linear(self.weight.float(), a)).sum(1)
+        own = ((b @ (a @ a.T)) * b).sum(1)
         return (self.squares + 2 * self.scale * cross + self.scale**2 * own).sqrt()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -103,7 +102,8 @@ class LoRALinear(Linear):
         if self.lora_magnitude_vector is None:
             return out
         # g · y = y + (g - 1) · y, where rounding g - 1 to a narrow type costs little. The length is a constant to the gradient.
-        gain = (self.lora_magnitude_vector / self.lengths() - 1).to(out.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            gain = (self.lora_magnitude_vector / self.lengths() - 1).to(out.dtype)
         return torch.addcmul(out, out if self.bias is None else out - self.bias.to(out.dtype), gain)
 
     @torch.no_grad()

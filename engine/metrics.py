@@ -118,12 +118,16 @@ class Flops:
         return self.per_token * num_tokens + self.per_target * num_targets + self.per_pair * pairs
 
 
+def named_peak(name: str) -> float | None:
+    """FLOP/s of a GPU of that name, as its maker states them."""
+    return next((peak for words, peak in PEAK_FLOPS.items() if re.search(rf"\bG?{words}\b", name)), None)  # an L4 is no L40, but a GH200 has an H200
+
+
 def peak_flops(device: torch.device) -> tuple[float, str]:
     """FLOP/s that a device could do, and where the number is from."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
-    for words, peak in PEAK_FLOPS.items():
-        if re.search(rf"\bG?{words}\b", name):  # an L4 is no L40, but a GH200 has an H200
-            return peak, f"{name}, by its maker"
+    if (peak := named_peak(name)) is not None:
+        return peak, f"{name}, by its maker"
     size, dtype, told = (4096, torch.bfloat16, "bf16") if device.type == "cuda" else (512, torch.float32, "fp32")  # a GPU's takes longer than its launch
     a = torch.ones(size, size, dtype=dtype, device=device)
     best = float("inf")

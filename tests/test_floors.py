@@ -17,11 +17,11 @@ FLOORS = [
     {"attention", "nodes"},
     {"models", "lora", "data"},
     {"metrics", "optim", "checkpoint", "sampling", "gguf_in", "adapter"},
-    {"gguf_out", "restarts", "saver"},
+    {"gguf_out", "restarts", "saver", "memory"},
     {"evaluate", "export", "rundir", "blackbox", "stragglers"},
     {"report"},
     {"plain"},
-    {"train", "generate", "convert", "audit", "bench", "launch"},
+    {"train", "generate", "convert", "audit", "plan", "bench", "launch"},
     {"verify", "replay"},  # they run train
 ]
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}

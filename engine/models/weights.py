@@ -42,14 +42,17 @@ def build(folder: Path, init: str, seed: int, dtype: torch.dtype, arithmetic: to
     """The model of a folder, with its weights in `dtype` on `device`.
 
     Args:
-        init: "pretrained" reads the folder's safetensors; "random" draws weights from `seed`, the same on every rank.
+        init: "pretrained" reads the folder's safetensors; "random" draws weights from `seed`, the same on every rank; "none" leaves them
+            without content, for what looks at shapes alone.
     """
     raw = read_config(folder)
     family = FAMILIES[raw["model_type"]]
     config = family.config(raw, str(folder / "config.json"))
     with torch.device("meta"):
         model = family.model(config, arithmetic, checkpoint_every, dropout, keys)
-    if init == "random":
+    if init == "none":
+        tensors = ((name, torch.empty(tensor.shape, dtype=dtype, device="meta")) for name, tensor in model.named_parameters())
+    elif init == "random":
         tensors = ((name, tensor.to(device).to(dtype)) for name, tensor in _random_tensors(model, config.initializer_range, seed))
     else:
         tensors = read_folder(folder, {name: tensor.shape for name, tensor in model.state_dict().items()},

@@ -1,0 +1,224 @@
+"""What a run will take before it is started: memory, time, disk.
+
+    python -m engine.plan recipes/quickstart.yaml
+    python -m engine.plan recipes/llama2_7b_lora.yaml --ranks 8 --gpu A100 --memory 80
+
+Memory is that of a step rehearsed without content (engine/memory.py), so it needs neither weights nor the GPU that is planned for; rows,
+tokenizer and config.json are read as training reads them. Time is arithmetic: FLOP of the rows over FLOP/s of the device. Exit code 4
+where the recipe's step does not fit.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine import config
+from engine.arguments import Parser, between
+from engine.errors import DONE, ENVIRONMENT, EngineError, run
+
+EXAMPLE = "python -m engine.plan recipes/llama2_7b_lora.yaml --ranks 8 --gpu A100 --memory 80"
+GIB = 2**30
+SHARES = (0.2, 0.4, 0.6)  # of a device's FLOP/s, put to use
+LOOKED_AT = 2000  # steps of an epoch, spread over it, among which the largest micro-batch is looked for
+
+Sequence = tuple[list[int], int]  # tokens of its documents, padding included, and its supervised tokens
+Setting = tuple[int, int]  # train.activation_checkpointing, train.micro_batch
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    parser = Parser("plan", EXAMPLE, "Memory, time and disk that a run will take. Takes what training takes: a recipe and key=value options.")
+    parser.add_argument("recipe", nargs="*", metavar="RECIPE key=value", help=f"as for engine.train, whose --help lists the options [{config.DEFAULT_RECIPE}]")
+    parser.add_argument("--ranks", type=between(int, 1), metavar="N", help="processes, over all nodes [one for each GPU here, else two]")
+    parser.add_argument("--gpu", metavar="NAME", help="plan for GPUs of that name, such as H100, which need not be here [what is here]")
+    parser.add_argument("--memory", type=between(float, 0.001), metavar="GIB", help="of a GPU, or of this machine where ranks are on its CPU [what is here]")
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    args = arguments(argv)
+    cfg = config.load(args.recipe)
+
+    from engine import hub, space
+    from engine.data import added_tokens, dataset
+    from engine.data.plan import Plan
+    from engine.data.tokenizer import load_tokenizer
+    from engine.memory import Rehearsal
+    from engine.models import weights
+
+    base = hub.resolve(cfg.model.path, weights=False)
+    tokenizer = load_tokenizer(added_tokens.extend(base.folder, cfg.model.add_tokens, Path(cfg.data.cache)))
+    rows, held_out = (dataset.load(cfg.data, of, tokenizer, cfg.train.seed) for of in ("train", "validation"))
+    dataset.check_fit(rows, held_out, tokenizer, weights.read_config(base.folder), len(cfg.model.add_tokens))
+    plan = Plan(rows.lengths, rows.targets, cfg.data.max_length, cfg.train.global_batch, cfg.data.packing, cfg.data.shuffle, cfg.train.seed,
+                cfg.train.epochs, rows.skipped)
+
+    place = machine(args, cfg.train.device)
+    rehearsal = Rehearsal(cfg, base.folder, (tokenizer.size - len(cfg.model.add_tokens), tokenizer.size), place.device, place.ranks)
+    largest, own = largest_first(plan), (cfg.train.activation_checkpointing, cfg.train.micro_batch)
+    held = {one: rehearsal.step(shape_of(largest[: one[1]]), one[0], one[1] * place.ranks < cfg.train.global_batch)
+            for one in shown(settings(own, -(-cfg.train.global_batch // place.ranks)))}
+    copy = space.of_checkpoint(rehearsal.kept.values())
+    fitting = [one for one in held if place.left(held[one].peak, copy) >= 0]
+
+    print("\n".join(f"{name:>10}  {text}".rstrip() for name, text in {
+        **what(cfg, plan, rehearsal, str(base), place), **memory(held[own], copy, shape_of(largest[: own[1]]), place)}.items()))
+    print(f"\n{table(held, fitting)}\n")
+    print("\n".join(f"{name:>10}  {text}" for name, text in beside(cfg, plan, rows, rehearsal, copy, place).items()))
+    if own not in fitting:
+        raise EngineError("PLAN-MEMORY", advice((place.room or 0) - place.left(held[own].peak, copy), place, fitting), ENVIRONMENT)
+    return DONE
+
+
+# ---- On what ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """`sharing` ranks share `room` bytes and `speed` FLOP/s: those of a GPU one has alone, those of a CPU all. None: not known."""
+
+    device: Any
+    ranks: int
+    sharing: int
+    room: int | None
+    speed: float | None
+    told: str
+
+    def left(self, peak: int, copy: int) -> float:
+        """Of the room, beside what its ranks hold, and on a CPU rank 0's copy of a checkpoint."""
+        return float("inf") if self.room is None else self.room - peak * self.sharing - copy * (self.device.type == "cpu")
+
+
+def machine(args: argparse.Namespace, wanted: str) -> Place:
+    """What is asked for, else what is here. `wanted`: train.device."""
+    import torch
+
+    from engine.metrics import named_peak, peak_flops
+
+    here, asked = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0, int(args.memory * GIB) if args.memory else None
+    if not (args.gpu or here or wanted == "cuda"):
+        room, ranks = asked or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), args.ranks or 2
+        speed, source = peak_flops(torch.device("cpu"))
+        return Place(torch.device("cpu"), ranks, ranks, room, speed, f"{ranks} ranks on one CPU with {size(room)}; its FLOP/s: {source}")
+    name, ranks = args.gpu or (torch.cuda.get_device_name() if here else "GPU"), args.ranks or max(1, here)
+    room, speed = asked or (torch.cuda.get_device_properties(0).total_memory if here and not args.gpu else None), named_peak(name)
+    if args.gpu and speed is None:
+        raise EngineError("PLAN-GPU", f"--gpu: got {name}, expected a name that has one of engine/metrics.py's PEAK_FLOPS in it")
+    known = f"with {size(room)}" if room else "(--memory says of what size)"
+    return Place(torch.device("cuda"), ranks, 1, room, speed, f"{ranks} ranks, each on one {name} {known}")
+
+
+# ---- What is rehearsed -----------------------------------------------------------------------------------------------
+
+
+def largest_first(plan: Any) -> list[Sequence]:
+    """Sequences of an epoch by tokens, then supervised ones: no micro-batch takes more than the first of them together."""
+    return sorted(_sequences(plan), key=lambda one: (-sum(one[0]), -one[1]))
+
+
+def _sequences(plan: Any) -> Iterator[Sequence]:
+    for number in range(0, plan.steps_per_epoch, -(-plan.steps_per_epoch // LOOKED_AT)):
+        step, first = plan.step(number), 0
+        for sequence in step.sequences:
+            part = slice(first, first := first + len(sequence))
+            lengths = step.lengths[part].tolist()
+            yield [length for length in [*lengths, max(step.fill_to - sum(lengths), 0)] if length], int(step.targets[part].sum())
+
+
+def shape_of(sequences: list[Sequence]) -> Any:
+    from engine.memory import Shape
+
+    documents, targets = zip(*sequences, strict=True)
+    return Shape([length for lengths in documents for length in lengths], [sum(lengths) for lengths in documents], sum(targets))
+
+
+def settings(own: Setting, share: int) -> list[Setting]:
+    """The recipe's, then all others: micro-batches of powers of two up to a rank's `share` of a step, with and without recomputation."""
+    powers = [1 << power for power in range(share.bit_length())]
+    return list(dict.fromkeys([own, *((recompute, count) for recompute in {0, 1, own[0]} for count in {*powers, own[1]})]))
+
+
+def shown(items: list[Setting]) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(items, desc="rehearsing", unit=" steps", leave=False, disable=not sys.stderr.isatty())
+
+
+# ---- What is said ----------------------------------------------------------------------------------------------------
+
+
+def what(cfg: config.Recipe, plan: Any, rehearsal: Any, base: str, place: Place) -> dict[str, str]:
+    from engine.report import batch
+
+    parameters, trained = (sum(one.numel() for one in some) for some in (rehearsal.model.parameters(), rehearsal.trained.values()))
+    return {"model": f"{base}, {parameters:,} parameters, {trained:,} trained ({100 * trained / parameters:.2f} %)", "on": place.told,
+            "step": batch(cfg.train.global_batch, cfg.train.micro_batch, place.ranks),
+            "steps": f"{_steps(cfg, plan):,} ({plan.steps_per_epoch:,} an epoch)"}
+
+
+def memory(held: Any, copy: int, shape: Any, place: Place) -> dict[str, str]:
+    all_ranks = f"; {place.sharing} ranks {size(held.peak * place.sharing)}" if place.sharing > 1 else ""
+    left = place.left(held.peak, copy)
+    verdict = "" if place.room is None else f", {size(left)} left for what no tensor shows" if left >= 0 else f", {size(-left)} too much"
+    return {"": "", "memory": f"of a rank in a step, micro-batches of up to {len(shape.sequences)} sequences with {sum(shape.documents):,} tokens, "
+                              f"{shape.targets:,} of them supervised",
+            **{name: f"{size(getattr(held, name)):>12}" for name in ("frozen", "trained", "gradients", "moments", "passing")},
+            "peak": f"{size(held.peak):>12}  in its {held.part}{all_ranks}{verdict}"}
+
+
+def table(held: dict[Setting, Any], fitting: list[Setting]) -> str:
+    """Peaks by micro-batch and recomputation; what does not fit in parentheses."""
+    rows, columns = (sorted(set(values)) for values in zip(*held, strict=True))
+    cells = {one: size(held[one].peak) if one in fitting else f"({size(held[one].peak)})" for one in held}
+    lines = [f"{'a rank with train.micro_batch':>38} " + "".join(f"{count:>14}" for count in columns)]
+    return "\n".join(lines + [f"{f'train.activation_checkpointing={recompute}':>38} " + "".join(f"{cells[recompute, count]:>14}" for count in columns)
+                              for recompute in rows])
+
+
+def beside(cfg: config.Recipe, plan: Any, rows: Any, rehearsal: Any, copy: int, place: Place) -> dict[str, str]:
+    """Time, disk and the host's memory. `copy`: bytes of a checkpoint."""
+    from engine import space
+    from engine.metrics import Flops
+
+    steps, folder = _steps(cfg, plan), Path(cfg.run.folder).absolute()
+    flop = Flops(rehearsal.model).of(int(rows.lengths.sum()), int(rows.targets.sum()), rows.lengths) * steps / plan.steps_per_epoch
+    devices = place.ranks // place.sharing
+    times = [f"{clock(flop / (share * place.speed * devices))} at {100 * share:.0f} %" for share in SHARES] if place.speed else ["FLOP/s are not known"]
+    count = space.copies(cfg.checkpoint, bool(cfg.data.validation) + (cfg.log.spike_z > 0), 0, 0, steps, plan.steps_per_epoch)
+    there = next(one for one in (folder, *folder.parents) if one.exists())
+    return {"time": f"{flop:.3g} FLOP: {', '.join(times)}" + (f" of {place.speed * devices / 1e12:,.4g} TFLOP/s" if place.speed else "")
+                    + "; evaluations and recomputation not counted",
+            "disk": f"{count} checkpoints of {size(copy)} at once at most, exports of {size(space.of_export(rehearsal.model, cfg.export))}; in "
+                    f"{cfg.run.folder} {space.told(there)}",
+            "host": f"{size(copy)} of rank 0's memory for the copy of a checkpoint that is being written"}
+
+
+def advice(needed: float, place: Place, fitting: list[Setting]) -> str:
+    """Recomputation takes about a third more time, small micro-batches much less: of what fits, that with the least of both."""
+    wrong = f"a step takes {size(needed)}, expected at most {size(place.room or 0)}; "
+    if not fitting:
+        return wrong + "no micro-batch fits: lower data.max_length, train adapters (lora.rank), or set optim.name=adamw_bf16 or optim.shard=true"
+    recompute, count = min(fitting, key=lambda one: (one[0] != 0, one[0], -one[1]))
+    return wrong + f"train.micro_batch={count} train.activation_checkpointing={recompute} fits"
+
+
+def size(count: float) -> str:
+    return f"{count / GIB:,.1f} GiB" if count >= 10 * GIB else f"{count / 2**20:,.1f} MiB" if count < 100 * 2**20 else f"{count / 2**20:,.0f} MiB"
+
+
+def clock(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.3g} {unit}"
+    return f"{seconds:.3g} s"
+
+
+def _steps(cfg: config.Recipe, plan: Any) -> int:
+    return min(plan.num_steps, cfg.train.max_steps or plan.num_steps)
+
+
+if __name__ == "__main__":
+    run(main)
