@@ -1,8 +1,8 @@
-"""Linear and embedding layers whose weight may be stored in a narrower type than the arithmetic.
+"""Linear and embedding layers whose weight may be stored in another type than the arithmetic's.
 
-Frozen weights are often bf16 or fp16, trained ones bf16 with optim.name=adamw_bf16, on hardware that multiplies fp32 much
-faster. Such a weight is widened for the product and forgotten again: only the narrow copy stays in memory, also for the
-backward. The gradient of a trained one is computed in the wide type and rounded once.
+Frozen weights are often bf16 or fp16, and trained ones bf16 with optim.name=adamw_bf16, on hardware that multiplies fp32 much
+faster; others are fp32 under autocast. Such a weight is cast for the product and forgotten again: what is stored is all that stays
+in memory, also for the backward, which casts once more. Its gradient is computed in the arithmetic's type and cast once.
 """
 
 import torch
@@ -22,26 +22,29 @@ def widened(x: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`; without autocast, a weight of another type than x is widened to x's type for the product."""
+    """`nn.Linear`; a weight of another type than the arithmetic's is brought to that for each product and forgotten again."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x (T, in) -> (T, out)."""
-        if self.weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+        dtype = arithmetic_dtype(x)
+        if self.weight.dtype == dtype:
             return F.linear(x, self.weight, self.bias)
-        out = _Widened.apply(x, self.weight)
-        return out if self.bias is None else out + self.bias.to(x.dtype)
+        out = _Product.apply(x.to(dtype), self.weight)
+        return out if self.bias is None else out + self.bias.to(dtype)
 
 
-class _Widened(torch.autograd.Function):
+class _Product(torch.autograd.Function):
+    """Keeps the weight as it is stored for the backward, where autocast would keep a copy in the arithmetic's type."""
+
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(weight, x if ctx.needs_input_grad[1] else None)
         return F.linear(x, weight.to(x.dtype))
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         weight, x = ctx.saved_tensors
-        return grad @ weight.to(grad.dtype), None if x is None else (grad.T @ x).to(weight.dtype)
+        return (grad @ weight.to(grad.dtype) if ctx.needs_input_grad[0] else None), None if x is None else (grad.T @ x).to(weight.dtype)
 
 
 class Embedding(nn.Embedding):

@@ -29,7 +29,7 @@ class Precision:
         return self.autocast or self.residual
 
     def context(self) -> AbstractContextManager:
-        return nullcontext() if self.autocast is None else torch.autocast(self.device.type, dtype=self.autocast, cache_enabled=False)
+        return nullcontext() if self.autocast is None else torch.autocast(self.device.type, dtype=self.autocast)
 
 
 def choose(precision: str, frozen: torch.dtype | None, device: torch.device) -> Precision:

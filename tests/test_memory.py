@@ -152,15 +152,16 @@ def test_a_step_leaves_nothing_and_rehearses_the_same_again(recipe, model):
     forked(held)
 
 
-def test_recomputation_keeps_no_narrow_copies_of_all_weights(recipe, model):
-    """Autocast would by itself, from a weight's first use to the forward's end, and each is used once."""
+@pytest.mark.parametrize(("options", "recompute"), [(("model.init=random",), 0), (("model.init=random",), 1), (("lora.rank=2",), 0)])
+def test_no_narrow_copies_of_all_weights_are_kept(recipe, model, options, recompute):
+    """Autocast would keep them by itself: to the forward's end, and without recomputation to the backward's."""
     def held() -> None:
         written = json.loads((model / "config.json").read_text())
         passing = []
         for layers in (4, 8):
             (model / "config.json").write_text(json.dumps({**written, "num_hidden_layers": layers}))
-            rehearsal = rehearsed(recipe, model, "model.init=random", ranks=2)
-            passing.append(rehearsal.step(Shape([8], [8], 4), 1, True).passing)
+            rehearsal = rehearsed(recipe, model, *options, ranks=2)
+            passing.append(rehearsal.step(Shape([8], [8], 4), recompute, True).passing)
         narrow = 2 * sum(one.numel() for one in rehearsal.model.model.layers[:4].parameters())
         assert passing[1] - passing[0] < 0.1 * narrow
 
