@@ -62,14 +62,14 @@ def main(argv: list[str]) -> int:
     held = {one: rehearsal.step(shape_of(largest[: one[1]]), one[0], one[1] * place.ranks < cfg.train.global_batch)
             for one in shown(settings(own, -(-cfg.train.global_batch // place.ranks)))}
     copy = space.of_checkpoint(rehearsal.kept.values())
-    fitting = [one for one in held if place.left(held[one].peak, copy) >= 0]
+    fitting = [one for one in held if place.fits(held[one].peak, copy)]
 
     print("\n".join(f"{name:>10}  {text}".rstrip() for name, text in {
         **what(cfg, plan, rehearsal, str(base), place), **memory(held[own], copy, shape_of(largest[: own[1]]), place)}.items()))
     print(f"\n{table(held, fitting)}\n")
     print("\n".join(f"{name:>10}  {text}" for name, text in beside(cfg, plan, rows, rehearsal, copy, place).items()))
     if own not in fitting:
-        raise EngineError("PLAN-MEMORY", advice((place.room or 0) - place.left(held[own].peak, copy), place, fitting), ENVIRONMENT)
+        raise EngineError("PLAN-MEMORY", advice(place.taken(held[own].peak, copy), place, fitting), ENVIRONMENT)
     return DONE
 
 
@@ -78,37 +78,42 @@ def main(argv: list[str]) -> int:
 
 @dataclass(frozen=True)
 class Place:
-    """`sharing` ranks share `room` bytes and `speed` FLOP/s: those of a GPU one has alone, those of a CPU all. None: not known."""
+    """`sharing` ranks share `room` bytes and `speed` FLOP/s: those of a GPU one has alone, those of a CPU all, where each also takes
+    `process` bytes for code and libraries. None: not known."""
 
     device: Any
     ranks: int
     sharing: int
+    process: int
     room: int | None
     speed: float | None
     told: str
 
-    def left(self, peak: int, copy: int) -> float:
-        """Of the room, beside what its ranks hold, and on a CPU rank 0's copy of a checkpoint."""
-        return float("inf") if self.room is None else self.room - peak * self.sharing - copy * (self.device.type == "cpu")
+    def taken(self, peak: int, copy: int) -> int:
+        """Of the room: what its ranks hold, and on a CPU rank 0's copy of a checkpoint."""
+        return (peak + self.process) * self.sharing + copy * (self.device.type == "cpu")
+
+    def fits(self, peak: int, copy: int) -> bool:
+        return self.room is None or self.taken(peak, copy) <= self.room
 
 
 def machine(args: argparse.Namespace, wanted: str) -> Place:
     """What is asked for, else what is here. `wanted`: train.device."""
     import torch
 
-    from engine.metrics import named_peak, peak_flops
+    from engine import metrics
 
     here, asked = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0, int(args.memory * GIB) if args.memory else None
     if not (args.gpu or here or wanted == "cuda"):
-        room, ranks = asked or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), args.ranks or 2
-        speed, source = peak_flops(torch.device("cpu"))
-        return Place(torch.device("cpu"), ranks, ranks, room, speed, f"{ranks} ranks on one CPU with {size(room)}; its FLOP/s: {source}")
+        cpu, room, ranks = torch.device("cpu"), asked or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), args.ranks or 2
+        (speed, source), process = metrics.peak_flops(cpu), int(metrics.memory(cpu)["memory/peak_rss_mb"] * 2**20)
+        return Place(cpu, ranks, ranks, process, room, speed, f"{ranks} ranks on one CPU with {size(room)}; its FLOP/s: {source}")
     name, ranks = args.gpu or (torch.cuda.get_device_name() if here else "GPU"), args.ranks or max(1, here)
-    room, speed = asked or (torch.cuda.get_device_properties(0).total_memory if here and not args.gpu else None), named_peak(name)
+    room, speed = asked or (torch.cuda.get_device_properties(0).total_memory if here and not args.gpu else None), metrics.named_peak(name)
     if args.gpu and speed is None:
         raise EngineError("PLAN-GPU", f"--gpu: got {name}, expected a name that has one of engine/metrics.py's PEAK_FLOPS in it")
     known = f"with {size(room)}" if room else "(--memory says of what size)"
-    return Place(torch.device("cuda"), ranks, 1, room, speed, f"{ranks} ranks, each on one {name} {known}")
+    return Place(torch.device("cuda"), ranks, 1, 0, room, speed, f"{ranks} ranks, each on one {name} {known}")
 
 
 # ---- What is rehearsed -----------------------------------------------------------------------------------------------
@@ -160,13 +165,15 @@ def what(cfg: config.Recipe, plan: Any, rehearsal: Any, base: str, place: Place)
 
 
 def memory(held: Any, copy: int, shape: Any, place: Place) -> dict[str, str]:
-    all_ranks = f"; {place.sharing} ranks {size(held.peak * place.sharing)}" if place.sharing > 1 else ""
-    left = place.left(held.peak, copy)
-    verdict = "" if place.room is None else f", {size(left)} left for what no tensor shows" if left >= 0 else f", {size(-left)} too much"
+    taken = place.taken(held.peak, copy)
+    whole = "" if place.device.type == "cuda" else f"; with {size(place.process)} of code and libraries, and the host's copy, {place.ranks} ranks {size(taken)}"
+    if place.room is not None:
+        fits = "left for" if taken <= place.room else "too little, without"
+        whole += f"; {size(abs(place.room - taken))} {fits} what no tensor shows"
     return {"": "", "memory": f"of a rank in a step, micro-batches of up to {len(shape.sequences)} sequences with {sum(shape.documents):,} tokens, "
                               f"{shape.targets:,} of them supervised",
             **{name: f"{size(getattr(held, name)):>12}" for name in ("frozen", "trained", "gradients", "moments", "passing")},
-            "peak": f"{size(held.peak):>12}  in its {held.part}{all_ranks}{verdict}"}
+            "peak": f"{size(held.peak):>12}  in its {held.part}{whole}"}
 
 
 def table(held: dict[Setting, Any], fitting: list[Setting]) -> str:
@@ -196,7 +203,7 @@ def beside(cfg: config.Recipe, plan: Any, rows: Any, rehearsal: Any, copy: int, 
             "host": f"{size(copy)} of rank 0's memory for the copy of a checkpoint that is being written"}
 
 
-def advice(needed: float, place: Place, fitting: list[Setting]) -> str:
+def advice(needed: int, place: Place, fitting: list[Setting]) -> str:
     """Recomputation takes about a third more time, small micro-batches much less: of what fits, that with the least of both."""
     wrong = f"a step takes {size(needed)}, expected at most {size(place.room or 0)}; "
     if not fitting:

@@ -500,9 +500,9 @@ BUGS = [
         "for _ in range(1):",
         "tests/test_memory.py::test_the_peak_is_what_the_allocator_gives_out_in_training[lora, recomputed]"),
     Bug("ranks on a CPU counted once", "engine/plan.py",
-        "self.room - peak * self.sharing",
-        "self.room - peak",
-        "tests/test_memory.py::test_where_ranks_are_on_a_cpu_the_copy_of_a_checkpoint_counts"),
+        "(peak + self.process) * self.sharing",
+        "peak + self.process",
+        "tests/test_memory.py::test_where_ranks_are_on_a_cpu_they_share_its_memory_and_the_copy_of_a_checkpoint_counts"),
 ]
 
 

@@ -187,7 +187,7 @@ def test_the_command_says_what_a_run_will_take(recipe, capsys, model, tmp_path):
         assert header.split()[-3:] == ["1", "2", "4"]
         assert not (tmp_path / "runs").exists(), "planning begins no run"
         text = said(recipe, capsys, model, "train.micro_batch=3")
-        assert "2 ranks on one CPU with" in text and "measured on a product" in text and "; 2 ranks " in text
+        assert "2 ranks on one CPU with" in text and "measured on a product" in text and " of code and libraries, and the host's copy, 2 ranks " in text
         assert "of memory" not in said(recipe, capsys, model, "train.device=cuda") and not (tmp_path / "runs").exists()
 
     forked(check)
@@ -199,7 +199,7 @@ def test_what_does_not_fit_is_refused_with_what_does(recipe, capsys, model):
     def check() -> None:
         with pytest.raises(EngineError, match="a step takes .* MiB, expected at most 20.0 MiB; no micro-batch fits: lower") as refused:
             said(recipe, capsys, model, "--memory", str(20 / 1024), *small)
-        assert refused.value.exit_code == ENVIRONMENT and refused.value.name == "PLAN-MEMORY" and "too much" in capsys.readouterr().out
+        assert refused.value.exit_code == ENVIRONMENT and refused.value.name == "PLAN-MEMORY" and "too little" in capsys.readouterr().out
         peaks = [float(cell) for line in said(recipe, capsys, model, *small).splitlines() if "checkpointing=0" in line for cell in line.split()[1::2]]
         assert len(peaks) == 4 and peaks == sorted(peaks)
         with pytest.raises(EngineError, match="; train.micro_batch=2 train.activation_checkpointing=0 fits"):
@@ -214,10 +214,11 @@ def test_a_gpu_without_a_figure_is_refused(recipe, capsys, model):
         said(recipe, capsys, model, "--gpu", "Voodoo")
 
 
-def test_where_ranks_are_on_a_cpu_the_copy_of_a_checkpoint_counts():
-    place = plan.Place(CPU, 2, 2, 1000, None, "")
-    assert (place.left(300, 100), plan.Place(torch.device("cuda"), 2, 1, 1000, None, "").left(300, 100)) == (300, 700)
-    assert plan.Place(CPU, 2, 2, None, None, "").left(300, 100) == float("inf")
+def test_where_ranks_are_on_a_cpu_they_share_its_memory_and_the_copy_of_a_checkpoint_counts():
+    cpu, gpu = plan.Place(CPU, 2, 2, 50, 800, None, ""), plan.Place(torch.device("cuda"), 2, 1, 0, 800, None, "")
+    assert (cpu.taken(300, 100), gpu.taken(300, 100)) == (800, 300)
+    assert cpu.fits(300, 100) and not cpu.fits(301, 100) and gpu.fits(800, 100) and not gpu.fits(801, 0)
+    assert plan.Place(CPU, 2, 2, 50, None, None, "").fits(10**18, 0)
 
 
 @pytest.mark.parametrize(("seconds", "told"), [(1.26, "1.26 s"), (119, "119 s"), (121, "2.02 min"), (7199, "120 min"), (9000, "2.5 h"), (200_000, "2.31 days")])

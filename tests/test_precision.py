@@ -126,6 +126,25 @@ def test_bf16_autocast_follows_fp32(recipe, ranks, trained, tmp_path, monkeypatc
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_product_in_a_narrow_type_is_autocasts(dtype, bias):
+    torch.manual_seed(0)
+    plain, own = torch.nn.Linear(48, 40, bias), Linear(48, 40, bias)
+    own.load_state_dict(plain.state_dict())
+    x, grad, found = torch.randn(30, 48), torch.randn(30, 40).to(dtype), []
+    for layer in (plain, own):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", dtype):
+            out = layer(leaf)
+        out.backward(grad)
+        found.append([out.detach(), leaf.grad, layer.weight.grad])
+    (out, *gradients), (ours, *our_gradients) = found
+    assert ours.dtype == dtype and torch.allclose(out, ours, rtol=2 * torch.finfo(dtype).eps, atol=1e-3)
+    for one, other in zip(gradients, our_gradients, strict=True):
+        assert other.dtype == torch.float32 and (one - other).norm() <= torch.finfo(dtype).eps / 4 * one.norm()
+
+
 @pytest.mark.parametrize("make", [lambda: Linear(16, 24, bias=False), lambda: Embedding(7, 16)], ids=["linear", "embedding"])
 def test_the_gradient_of_a_narrow_trained_weight_is_that_of_its_wide_copy_rounded_once(make):
     draw = torch.Generator().manual_seed(0)
