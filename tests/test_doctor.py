@@ -182,7 +182,11 @@ def test_without_torch_the_rest_is_not_looked_at(monkeypatch, capsys):
     def imported(name):
         raise ModuleNotFoundError(f"No module named '{name}'", name=name)
 
+    def looks() -> None:
+        raise AssertionError("it was looked at")
+
     monkeypatch.setattr(doctor, "import_module", imported)
+    monkeypatch.setattr(doctor, "contents", lambda folder: {"Python": {"Python": doctor.python, "packages": doctor.packages}, "CPU": {"CPU": looks}})
     monkeypatch.delitem(sys.modules, "torch")
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     assert doctor.main([]) == ENVIRONMENT
