@@ -108,6 +108,11 @@ def _place() -> tuple[int, int, int]:
     return rank, size, local_rank
 
 
+def variables(*names: str) -> dict[str, str]:
+    """Those of the environment's variables that are set: a launcher's, or such as decide what torch finds."""
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
 def _no_launch(what: str) -> EngineError:
     return EngineError("LAUNCH-RANK", f"{what}; a launcher sets these variables: ./torchrun.sh or torchrun; for one process unset them all")
 

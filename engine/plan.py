@@ -9,7 +9,6 @@ where the recipe's step does not fit.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -56,7 +55,7 @@ def main(argv: list[str]) -> int:
     plan = Plan(rows.lengths, rows.targets, cfg.data.max_length, cfg.train.global_batch, cfg.data.packing, cfg.data.shuffle, cfg.train.seed,
                 cfg.train.epochs, rows.skipped)
 
-    place = machine(args, cfg.train.device)
+    place = place_of(args, cfg.train.device)
     rehearsal = Rehearsal(cfg, base.folder, (tokenizer.size - len(cfg.model.add_tokens), tokenizer.size), place.device, place.ranks)
     largest, own = largest_first(plan), (cfg.train.activation_checkpointing, cfg.train.micro_batch)
     held = {one: rehearsal.step(shape_of(largest[: one[1]]), one[0], one[1] * place.ranks < cfg.train.global_batch)
@@ -97,15 +96,15 @@ class Place:
         return self.room is None or self.taken(peak, copy) <= self.room
 
 
-def machine(args: argparse.Namespace, wanted: str) -> Place:
+def place_of(args: argparse.Namespace, wanted: str) -> Place:
     """What is asked for, else what is here. `wanted`: train.device."""
     import torch
 
-    from engine import metrics
+    from engine import gpus, machine, metrics
 
-    here, asked = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0, int(args.memory * GIB) if args.memory else None
+    here, asked = gpus.count() if wanted != "cpu" else 0, int(args.memory * GIB) if args.memory else None
     if not (args.gpu or here or wanted == "cuda"):
-        cpu, room, ranks = torch.device("cpu"), asked or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), args.ranks or 2
+        cpu, room, ranks = torch.device("cpu"), asked or machine.room()[1], args.ranks or 2
         (speed, source), process = metrics.peak_flops(cpu), int(metrics.memory(cpu)["memory/peak_rss_mb"] * 2**20)
         return Place(cpu, ranks, ranks, process, room, speed, f"{ranks} ranks on one CPU with {size(room)}; its FLOP/s: {source}")
     name, ranks = args.gpu or (torch.cuda.get_device_name() if here else "GPU"), args.ranks or max(1, here)

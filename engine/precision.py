@@ -41,14 +41,14 @@ def choose(precision: str, frozen: torch.dtype | None, device: torch.device) -> 
     """
     if precision == "fp32":
         return Precision(device, None, torch.float32, "fp32 arithmetic, asked for")
-    if precision == "bf16" and device.type == "cpu" and not _cpu_multiplies_bf16():
+    if precision == "bf16" and device.type == "cpu" and not cpu_multiplies_bf16():
         return Precision(device, None, torch.float32, "fp32 arithmetic for bf16: this CPU has no bf16 instructions and would "
                          "emulate them several times slower; frozen weights stay as stored")
     residual = frozen if frozen is not None else torch.float32
     return Precision(device, DTYPES[precision], residual, f"{precision} autocast, asked for")
 
 
-def _cpu_multiplies_bf16() -> bool:
+def cpu_multiplies_bf16() -> bool:
     """Whether torch's matrix library has bf16 kernels for this CPU (AVX-512 BF16, AMX, or Arm's BF16)."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 

@@ -133,7 +133,7 @@ def finish(path: Path, results: dict[str, float]) -> None:
 def hardware() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     tiny = torch.tensor([1e-39])  # too small for a normal number
-    return {"cpu": _cpu_name(), "cpu_capability": torch.backends.cpu.get_cpu_capability(), "cores": os.cpu_count(),
+    return {"cpu": cpu_name(), "cpu_capability": torch.backends.cpu.get_cpu_capability(), "cores": os.cpu_count(),
             "threads_per_rank": torch.get_num_threads(), "gpus": gpus, "cuda": torch.version.cuda, "denormals": bool(tiny * 1 > 0),
             "fp32_products": torch.get_float32_matmul_precision(), "tf32": torch.backends.cudnn.allow_tf32}
 
@@ -155,7 +155,7 @@ def _unusable(path: Path, error: OSError) -> EngineError:
     return EngineError("ENVIRONMENT-RUN", f"{path}: cannot be written or read: {error}; look at its disk and owner, or set run.folder", ENVIRONMENT)
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

@@ -11,17 +11,17 @@ FLOORS = [
     {"terminal", "collector"},
     {"errors", "tensorfile"},
     {"hub", "watchdog"},
-    {"config", "arguments", "publish", "page"},
+    {"config", "arguments", "publish", "page", "finding"},
     {"distributed", "dropout", "linear", "signals", "record", "events", "space"},
     {"precision", "loss", "cpu_attention", "fused_attention", "adamw_bf16", "node"},
     {"attention", "nodes"},
     {"models", "lora", "data"},
     {"metrics", "optim", "checkpoint", "sampling", "gguf_in", "adapter"},
-    {"gguf_out", "restarts", "saver", "memory"},
+    {"gguf_out", "restarts", "saver", "memory", "gpus"},
     {"evaluate", "export", "rundir", "blackbox", "stragglers"},
-    {"report"},
+    {"report", "machine"},
     {"plain"},
-    {"train", "generate", "convert", "audit", "plan", "bench", "launch"},
+    {"train", "generate", "convert", "audit", "plan", "doctor", "bench", "launch"},
     {"verify", "replay"},  # they run train
 ]
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}

@@ -38,7 +38,7 @@ def shorter(monkeypatch):
 @pytest.fixture
 def multiplies_bf16(monkeypatch):
     """As on a CPU that has the instructions; one without would compute in fp32, which the kernels refuse."""
-    monkeypatch.setattr(precision, "_cpu_multiplies_bf16", lambda: True)
+    monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda: True)
 
 
 def inputs(tokens: int = sum(LENGTHS), dtype: torch.dtype = BF16) -> list[torch.Tensor]:

@@ -254,7 +254,7 @@ def test_the_loss_curve_stays_within_a_percent_of_fp32_weights(recipe, trained, 
 
 @pytest.mark.parametrize("instructions", [True, False])
 def test_bf16_weights_train_with_and_without_bf16_instructions(recipe, trained, tmp_path, monkeypatch, instructions):
-    monkeypatch.setattr(precision, "_cpu_multiplies_bf16", lambda: instructions)
+    monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda: instructions)
     rows = write_rows(tmp_path / "validation.jsonl", ragged_rows(3, seed=1))
     options = ("train.precision=bf16", "train.activation_checkpointing=1", "model.dropout=0.1", "train.max_steps=3", f"data.validation={rows}",
                "evaluate.at_start=false", "evaluate.exact_match_rows=2", "evaluate.max_new_tokens=4")

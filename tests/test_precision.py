@@ -107,10 +107,10 @@ def test_the_scale_grows_halves_and_comes_back_from_a_checkpoint():
 
 def test_bf16_without_instructions_for_it_is_computed_in_fp32_and_says_so(monkeypatch):
     cpu = torch.device("cpu")
-    monkeypatch.setattr(precision, "_cpu_multiplies_bf16", lambda: False)
+    monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda: False)
     chosen = precision.choose("bf16", torch.bfloat16, cpu)
     assert chosen.autocast is None and chosen.residual == torch.float32 and "no bf16 instructions" in chosen.reason
-    monkeypatch.setattr(precision, "_cpu_multiplies_bf16", lambda: True)
+    monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda: True)
     chosen = precision.choose("bf16", torch.bfloat16, cpu)
     assert chosen.autocast == torch.bfloat16 and chosen.residual == torch.bfloat16
 
@@ -118,7 +118,7 @@ def test_bf16_without_instructions_for_it_is_computed_in_fp32_and_says_so(monkey
 @pytest.mark.parametrize("lora", [(), ("lora.rank=4", "model.dtype=bf16")])
 def test_bf16_autocast_follows_fp32(recipe, ranks, trained, tmp_path, monkeypatch, lora):
     trained(1, recipe("train.epochs=2", "train.max_steps=4", *lora[:1], name="fp32"))
-    monkeypatch.setattr(precision, "_cpu_multiplies_bf16", lambda: True)
+    monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda: True)
     trained(2, recipe("train.epochs=2", "train.max_steps=4", "train.precision=bf16", *lora, name="bf16"))
     for exact, low in zip(steps(tmp_path / "runs/fp32"), steps(tmp_path / "runs/bf16"), strict=True):
         assert low["train/loss"] == pytest.approx(exact["train/loss"], rel=2e-2)
