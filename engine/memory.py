@@ -72,7 +72,10 @@ class Meter(TorchDispatchMode):
         self.known: set[int] = set()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        return tree_map_only(Tensor, self._see, function(*args, **(kwargs or {})))
+        found = function(*args, **(kwargs or {}))
+        if isinstance(found, (Tensor, tuple, list)):  # of most calls that a fake makes about itself it is none
+            tree_map_only(Tensor, self._see, found)
+        return found
 
     def _see(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -113,8 +116,7 @@ class Rehearsal:
             _without_content(self.model.train())
             self.kept = {name: one for name, one in self.model.named_parameters() if one.requires_grad or ".lora_" in name}
             self.trained = {name: one for name, one in self.kept.items() if one.requires_grad}
-            # In a group of ranks gradients lie in DDP's buckets, which stay.
-            self.buckets = {name: torch.zeros_like(one) for name, one in self.trained.items()} if ranks > 1 else {}
+            self.buckets = self._gradients() if ranks > 1 else []  # DDP's, which stay
             self.optimizer = self._with_moments(ranks if cfg.optim.shard else 1)
 
     def step(self, shape: Shape, recompute: int, accumulate: bool) -> Held:
@@ -124,26 +126,33 @@ class Rehearsal:
             recompute: as train.activation_checkpointing.
         """
         self.model.checkpoint_every = recompute
-        tokens, peaks = sum(shape.documents), {"forward": 0, "backward": 0, "update": 0}
+        tokens, peaks = sum(shape.documents), {}
         sizes = [sum(one.untyped_storage().nbytes() for one in {id(one): one for one in some}.values()) for some in (
             [one for one in self.model.parameters() if not one.requires_grad], self.trained.values(), self.trained.values(), self.moments)]
         with self._on():
-            for name, gradient in self.buckets.items():
-                self.trained[name].grad = gradient
-            self.keys.set(0, range(len(shape.sequences)), shape.sequences)
+            # All micro-batches but the first find gradients there, and so does the first where they lie in buckets.
+            there = self.buckets or (self._gradients() if accumulate else [None] * len(self.trained))
+            for parameter, gradient in zip(self.trained.values(), there, strict=True):
+                parameter.grad = gradient
+            del there, gradient
+            first, *others = shape.sequences
+            halves = [first, sum(others)] if others else [first]  # dropout draws for each by itself and lays them together: two take what many take
+            self.keys.set(0, range(len(halves)), halves)
             ids, at, targets = (torch.zeros(count, dtype=torch.int64) for count in (tokens, shape.targets, shape.targets))
-            for _ in range(1 + accumulate):
-                with self._part("forward", peaks), replace(self.types, device=CPU).context():
-                    hidden = self.model(ids, ids, PackedAttention(shape.documents, CPU, self.path))
-                    summed = loss.summed_cross_entropy(hidden[at], self.model.lm_head.weight, targets)
-                    del hidden
-                with self._part("backward", peaks):
-                    summed.backward()
-                    del summed
+            with self._part("forward", peaks), replace(self.types, device=CPU).context():
+                hidden = self.model(ids, ids, PackedAttention(shape.documents, CPU, self.path))
+                summed = loss.summed_cross_entropy(hidden[at], self.model.lm_head.weight, targets)
+                del hidden
+            with self._part("backward", peaks):
+                summed.backward()
+                del summed
             with self._part("update", peaks):
                 self._update()
             self.optimizer.zero_grad(set_to_none=True)
         return Held(*sizes, peaks)
+
+    def _gradients(self) -> list[Tensor]:
+        return [torch.zeros_like(one) for one in self.trained.values()]
 
     def _with_moments(self, shares: int) -> torch.optim.Optimizer:
         """The optimizer with its state, of which this rank has one of `shares`."""
@@ -186,7 +195,7 @@ class Rehearsal:
     def _part(self, name: str, peaks: dict[str, int]) -> Iterator[None]:
         self.meter.most = self.meter.alive
         yield
-        peaks[name] = max(peaks[name], self.meter.most)
+        peaks[name] = self.meter.most
 
 
 def _without_content(model: nn.Module) -> None:

@@ -57,11 +57,14 @@ def main(argv: list[str]) -> int:
 
     place = place_of(args, cfg.train.device)
     rehearsal = Rehearsal(cfg, base.folder, (tokenizer.size - len(cfg.model.add_tokens), tokenizer.size), place.device, place.ranks)
-    largest, own = largest_first(plan), (cfg.train.activation_checkpointing, cfg.train.micro_batch)
-    held = {one: rehearsal.step(shape_of(largest[: one[1]]), one[0], one[1] * place.ranks < cfg.train.global_batch)
-            for one in shown(settings(own, -(-cfg.train.global_batch // place.ranks)))}
-    copy = space.of_checkpoint(rehearsal.kept.values())
-    fitting = [one for one in held if place.fits(held[one].peak, copy)]
+    copy, largest, own = space.of_checkpoint(rehearsal.kept.values()), largest_first(plan), (cfg.train.activation_checkpointing, cfg.train.micro_batch)
+    held, fitting = {}, []
+    for recompute, count in shown(settings(own, -(-cfg.train.global_batch // place.ranks))):
+        if any(one not in fitting and one[0] == recompute and one[1] < count for one in held):  # nor does more than that fit
+            continue
+        held[recompute, count] = rehearsal.step(shape_of(largest[:count]), recompute, count * place.ranks < cfg.train.global_batch)
+        if place.fits(held[recompute, count].peak, copy):
+            fitting.append((recompute, count))
 
     print("\n".join(f"{name:>10}  {text}".rstrip() for name, text in {
         **what(cfg, plan, rehearsal, str(base), place), **memory(held[own], copy, shape_of(largest[: own[1]]), place)}.items()))
@@ -142,7 +145,7 @@ def shape_of(sequences: list[Sequence]) -> Any:
 def settings(own: Setting, share: int) -> list[Setting]:
     """The recipe's, then all others: micro-batches of powers of two up to a rank's `share` of a step, with and without recomputation."""
     powers = [1 << power for power in range(share.bit_length())]
-    return list(dict.fromkeys([own, *((recompute, count) for recompute in {0, 1, own[0]} for count in {*powers, own[1]})]))
+    return list(dict.fromkeys([own, *((recompute, count) for recompute in sorted({0, 1, own[0]}) for count in sorted({*powers, own[1]}))]))
 
 
 def shown(items: list[Setting]) -> Any:
@@ -176,12 +179,13 @@ def memory(held: Any, copy: int, shape: Any, place: Place) -> dict[str, str]:
 
 
 def table(held: dict[Setting, Any], fitting: list[Setting]) -> str:
-    """Peaks by micro-batch and recomputation; what does not fit in parentheses."""
+    """Peaks by micro-batch and recomputation; what does not fit in parentheses, and a line for more than that."""
     rows, columns = (sorted(set(values)) for values in zip(*held, strict=True))
     cells = {one: size(held[one].peak) if one in fitting else f"({size(held[one].peak)})" for one in held}
     lines = [f"{'a rank with train.micro_batch':>38} " + "".join(f"{count:>14}" for count in columns)]
-    return "\n".join(lines + [f"{f'train.activation_checkpointing={recompute}':>38} " + "".join(f"{cells[recompute, count]:>14}" for count in columns)
-                              for recompute in rows])
+    for recompute in rows:
+        lines.append(f"{f'train.activation_checkpointing={recompute}':>38} " + "".join(f"{cells.get((recompute, count), '–'):>14}" for count in columns))
+    return "\n".join(lines)
 
 
 def beside(cfg: config.Recipe, plan: Any, rows: Any, rehearsal: Any, copy: int, place: Place) -> dict[str, str]:
