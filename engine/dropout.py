@@ -4,9 +4,10 @@ No stream of random numbers has to be saved or kept in step between ranks: a seq
 rank holds it, whichever micro-batch it shares, and when activation checkpointing computes the forward a second time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 _MASK = (1 << 64) - 1
@@ -43,11 +44,22 @@ class KeyedDropout(nn.Module):
     def __init__(self, p: float, keys: DropoutKeys) -> None:
         super().__init__()
         self.p, self.keys, self.number = p, keys, keys.modules
+        self.dropped = round(p * 65536)
         keys.modules += 1  # modules are made in the same order on every rank and in every launch
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0:
-            return x
+        return x if self._is_off else self._thinned(x, self._mask(x))
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x (T, D) and weight (n, D), of one type -> dropout(x) · weightᵀ (T, n). Of both it keeps x, which others may share, and the mask."""
+        return F.linear(x, weight) if self._is_off else _Product.apply(x, weight, self._mask(x), self._thinned)
+
+    @property
+    def _is_off(self) -> bool:
+        return not self.training or self.p == 0
+
+    def _mask(self, x: Tensor) -> Tensor:
+        """Which elements stay, of x's shape."""
         keys = self.keys
         if sum(keys.lengths) != len(x):
             raise RuntimeError(f"dropout keys are set for {sum(keys.lengths)} tokens, the micro-batch has {len(x)}")
@@ -57,6 +69,23 @@ class KeyedDropout(nn.Module):
             # 16 random bits an element, four elements to a draw: several times cheaper than a Bernoulli draw each
             draws = torch.empty(-(-length * width // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None, generator=generator)
             bits.append(draws.view(torch.int16)[: length * width])
-        dropped = round(self.p * 65536)
-        keep = (bits[0] if len(bits) == 1 else torch.cat(bits)).view(x.shape) >= dropped - 32768
-        return (x * keep).mul_(65536 / (65536 - dropped))
+        return (bits[0] if len(bits) == 1 else torch.cat(bits)).view(x.shape) >= self.dropped - 32768
+
+    def _thinned(self, x: Tensor, mask: Tensor) -> Tensor:
+        return (x * mask).mul_(65536 / (65536 - self.dropped))
+
+
+class _Product(torch.autograd.Function):
+    """Composed of dropout and a product it would keep x thinned as well, a copy for each adapter."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, mask: Tensor, thinned: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(x, weight, mask)
+        ctx.thinned = thinned
+        return F.linear(thinned(x, mask), weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, weight, mask = ctx.saved_tensors
+        grad_weight = grad.T @ ctx.thinned(x, mask) if ctx.needs_input_grad[1] else None
+        return ctx.thinned(grad @ weight, mask) if ctx.needs_input_grad[0] else None, grad_weight, None, None

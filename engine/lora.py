@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from engine.dropout import DropoutKeys, KeyedDropout, mix
 from engine.errors import EngineError
-from engine.linear import Linear
+from engine.linear import Linear, arithmetic_dtype
 
 ALL_LINEAR = "all-linear"  # as a target: every linear layer but the head
 WHOLE = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}  # what can be trained whole beside adapters
@@ -94,9 +94,9 @@ class LoRALinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (T, in) -> (T, out)."""
-        out = super().forward(x)
+        out, dtype = super().forward(x), arithmetic_dtype(x)
         a, b = self.pair()
-        low = F.linear(self.dropout(x), a.to(x.dtype))
+        low = self.dropout.product(x.to(dtype), a.to(dtype))
         # the scale goes onto B and the sum into the product: no pass over `out` of its own
         out = torch.addmm(out, low.to(out.dtype), (b * self.scale).to(out.dtype).T)
         if self.lora_magnitude_vector is None:

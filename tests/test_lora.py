@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from engine import adapter, lora, train
 from engine.attention import PackedAttention
-from engine.dropout import DropoutKeys
+from engine.dropout import DropoutKeys, KeyedDropout
 from engine.errors import EngineError
 from engine.loss import summed_cross_entropy
 from engine.models import weights
@@ -82,14 +82,32 @@ def test_dropout_is_off_in_evaluation_and_repeats_by_key(tiny):
 
 
 def test_dropout_keeps_the_right_share_and_the_mean():
-    from engine.dropout import KeyedDropout
-
     keys = DropoutKeys(0)
     keys.set(0, [0, 1], [500, 500])
     dropped = KeyedDropout(0.25, keys).train()(torch.ones(1000, 200))
     share = float((dropped == 0).float().mean())
     assert abs(share - 0.25) < 5 * (0.25 * 0.75 / 200_000) ** 0.5 and dropped.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
     assert not torch.equal(dropped[:500], dropped[500:]), "two sequences share a mask"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_with_dropout_is_what_it_is_made_of_and_keeps_less(dtype):
+    torch.manual_seed(0)
+    keys = DropoutKeys(0)
+    keys.set(3, [4, 9], [30, 20])
+    one, other = (KeyedDropout(0.3, keys).train() for _ in range(2))
+    weights, grad, found = torch.randn(2, 8, 64).to(dtype), torch.randn(50, 8).to(dtype), []
+    for product in (KeyedDropout.product, lambda dropout, x, weight: torch.nn.functional.linear(dropout(x), weight)):
+        kept = {}
+        x, pair = torch.ones(50, 64, dtype=dtype).requires_grad_(), [weight.clone().requires_grad_() for weight in weights]
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor, kept=kept: kept.setdefault(tensor.untyped_storage().data_ptr(), tensor), lambda t: t):
+            total = product(one, x, pair[0]) + product(other, x, pair[1])
+        found.append([total.detach(), *torch.autograd.grad(total, [x, *pair], grad), sum(tensor.untyped_storage().nbytes() for tensor in kept.values())])
+    *ours, bytes_kept = found[0]
+    *plain, more = found[1]
+    assert all(map(torch.equal, ours, plain)), "other bits"
+    assert bytes_kept == (50 * 64 + 2 * 8 * 64) * dtype.itemsize + 2 * 50 * 64 < more
+    assert torch.equal(one.eval().product(x, pair[0]), torch.nn.functional.linear(x, pair[0]))
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_prj"], ["lm_head"], ["proj"]])
