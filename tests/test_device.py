@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NO_GPU, ROOT, loaded, ragged_rows, repeatable, steps, write_rows
+from conftest import NO_GPU, ROOT, TINY, loaded, ragged_rows, repeatable, steps, write_rows
+from test_memory import planned
+
+from engine.models import weights
 
 LORA = ("lora.rank=4", "lora.dropout=0.1", "lora.targets=[all-linear]")
 KINDS = {"full": (), "full fp16": ("train.precision=fp16",), "bf16 weights": ("train.precision=bf16", "model.dtype=bf16", "optim.name=adamw_bf16"),
@@ -67,6 +70,22 @@ def test_recomputation_takes_less_memory_and_changes_no_bit(run, device):
     whole, lean = (run(device, "train.micro_batch=8", f"train.activation_checkpointing={every}", name=f"every-{every}") for every in (0, 1))
     peaks = [steps(folder)[-1]["memory/peak_gpu_mb"] for folder in (whole, lean)]
     assert [one["train/loss"] for one in steps(whole)] == [one["train/loss"] for one in steps(lean)] and peaks[1] < peaks[0] - 1, peaks
+
+
+@pytest.mark.parametrize(("device", "kind"), [on("cuda", "full"), on("cuda", "lora bf16"), on("cuda", "bf16 weights")])
+def test_a_plan_is_what_the_gpu_holds(run, recipe, tiny, tmp_path, device, kind):
+    """Beside 32 MiB for cuBLAS, that are torch's to give out as well."""
+    folder = tmp_path / "larger"
+    folder.mkdir()
+    shape = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 340}
+    (folder / "config.json").write_text(json.dumps(config := {**TINY, **shape}))
+    (folder / "tokenizer.model").write_bytes((tiny / "tokenizer.model").read_bytes())
+    built = weights.build(folder, "random", 3, torch.float32, torch.float32, torch.device("cpu"))
+    weights.write_folder(folder, config, weights.untied(built).items())
+    options = (f"model.path={folder}", "export.kinds=[]", *KINDS[kind])
+    held = steps(run(device, *options))[-1]["memory/peak_gpu_mb"]
+    _, peak = planned(recipe(f"data.train={tmp_path / 'many.jsonl'}", "data.packing=true", "data.max_length=128", *options), device)
+    assert 0.95 < (peak / 2**20 + 32) / held < 1.05, (peak / 2**20, held)
 
 
 @pytest.mark.parametrize(("device", "kind"), [on("cuda", "full"), on("cuda", "lora bf16"), on("cuda", "fused")])
