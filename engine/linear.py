@@ -27,7 +27,8 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x (T, in) -> (T, out)."""
         dtype = arithmetic_dtype(x)
-        if self.weight.dtype == dtype:
+        # Where nothing is kept for a backward autocast's copies are welcome: one serves all tokens of a generation.
+        if self.weight.dtype == dtype or (torch.is_autocast_enabled(x.device.type) and not torch.is_grad_enabled()):
             return F.linear(x, self.weight, self.bias)
         out = _Product.apply(x.to(dtype), self.weight)
         return out if self.bias is None else out + self.bias.to(dtype)

@@ -127,8 +127,8 @@ class Rehearsal:
         """
         self.model.checkpoint_every = recompute
         tokens, peaks = sum(shape.documents), {}
-        sizes = [sum(one.untyped_storage().nbytes() for one in {id(one): one for one in some}.values()) for some in (
-            [one for one in self.model.parameters() if not one.requires_grad], self.trained.values(), self.trained.values(), self.moments)]
+        frozen, trained = ([one for one in self.model.parameters() if one.requires_grad == wanted] for wanted in (False, True))
+        sizes = [sum(one.nbytes for one in some) for some in (frozen, trained, trained, self.moments)]
         with self._on():
             # All micro-batches but the first find gradients there, and so does the first where they lie in buckets.
             there = self.buckets or (self._gradients() if accumulate else [None] * len(self.trained))

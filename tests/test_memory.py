@@ -10,12 +10,14 @@ import torch
 from conftest import ROOT, TINY, ragged_rows, write_rows
 from forks import forked
 
-from engine import config, plan
+from engine import adapter, config, plan
 from engine.data import dataset
 from engine.data.plan import Plan
 from engine.data.tokenizer import load_tokenizer
+from engine.dropout import DropoutKeys
 from engine.errors import DONE, ENVIRONMENT, EngineError
 from engine.memory import Meter, Rehearsal, Shape
+from engine.models import weights
 
 MIB = 2**20
 CPU = torch.device("cpu")
@@ -82,8 +84,6 @@ def test_the_peak_is_what_the_allocator_gives_out_in_training(recipe, model, tmp
     write_rows(tmp_path / "many.jsonl", ragged_rows(120))
     lora = "lora.rank=4" in RECIPES[name]
     if lora:  # which needs weights
-        from engine.models import weights
-
         built = weights.build(model, "random", 3, torch.float32, torch.float32, CPU)
         weights.write_folder(model, json.loads((model / "config.json").read_text()), weights.untied(built).items())
     arguments = recipe(f"model.path={model}", f"model.init={'pretrained' if lora else 'random'}", f"data.train={tmp_path / 'many.jsonl'}",
@@ -164,6 +164,39 @@ def test_no_narrow_copies_of_all_weights_are_kept(recipe, model, options, recomp
             passing.append(rehearsal.step(Shape([8], [8], 4), recompute, True).passing)
         narrow = 2 * sum(one.numel() for one in rehearsal.model.model.layers[:4].parameters())
         assert passing[1] - passing[0] < 0.1 * narrow
+
+    forked(held)
+
+
+def test_every_family_can_be_rehearsed(recipe, tmp_path):
+    from test_families import CASES, SMALL
+
+    def held() -> None:
+        for number, (name, (kind, changes)) in enumerate(CASES.items()):
+            (folder := tmp_path / str(number)).mkdir()
+            (folder / "config.json").write_text(json.dumps({"model_type": kind, **SMALL, **changes}))
+            options = (("model.init=random",), (*LORA, "lora.dora=true", "train.attention=reference"))[number % 2]
+            rehearsal = Rehearsal(config.load(recipe(f"model.path={folder}", *options)), folder, (97, 99), torch.device("cuda"), 2)
+            found = rehearsal.step(Shape([40, 24], [64], 20), 1, True)
+            assert len(rehearsal.model.model.embed_tokens.weight) == 99, name
+            assert found.passing > 0 and all(peak > found.frozen + found.trained for peak in found.peaks.values()), name
+
+    forked(held)
+
+
+def test_a_start_from_an_adapter_is_rehearsed_as_what_it_holds(recipe, tiny, tmp_path):
+    keys, start = DropoutKeys(0), tmp_path / "start"
+    start.mkdir()
+    built = weights.build(tiny, "pretrained", 0, torch.float32, torch.float32, CPU)
+    adapter.attach(built, config.Lora(rank=3, targets=["q_proj", "down_proj"], dora=True, modules_to_save=["lm_head"]), keys, 0)
+    adapter.save(built, start, str(tiny), 0.0)
+
+    def held() -> None:
+        cfg = config.load(recipe(f"lora.start={start}", "model.dtype=bf16", "train.precision=bf16"))
+        rehearsal = Rehearsal(cfg, tiny, (340, 340), torch.device("cuda"), 1)
+        trained = [one for one in built.parameters() if one.requires_grad]
+        assert sorted(rehearsal.trained) == sorted(name for name, one in built.named_parameters() if one.requires_grad)
+        assert rehearsal.step(SHAPE, 0, False).trained == sum(one.nbytes for one in trained)
 
     forked(held)
 

@@ -9,6 +9,7 @@ import torch
 from conftest import steps
 from forks import forked
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import distributed, loss, precision, train
 from engine.errors import NUMERIC, USER, EngineError
@@ -143,6 +144,22 @@ def test_a_product_in_a_narrow_type_is_autocasts(dtype, bias):
     assert ours.dtype == dtype and torch.allclose(out, ours, rtol=2 * torch.finfo(dtype).eps, atol=1e-3)
     for one, other in zip(gradients, our_gradients, strict=True):
         assert other.dtype == torch.float32 and (one - other).norm() <= torch.finfo(dtype).eps / 4 * one.norm()
+
+
+def test_a_generation_casts_a_trained_weight_once():
+    class Casts(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += function is torch.ops.aten._to_copy.default and args[0].shape == (40, 48)
+            return function(*args, **(kwargs or {}))
+
+    layer = Linear(48, 40, bias=False)
+    for grad, expected in ((False, 1), (True, 3)):
+        with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16), Casts() as casts:
+            for _ in range(3):
+                layer(torch.randn(2, 48))
+        assert casts.count == expected
 
 
 @pytest.mark.parametrize("make", [lambda: Linear(16, 24, bias=False), lambda: Embedding(7, 16)], ids=["linear", "embedding"])
