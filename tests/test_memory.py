@@ -147,6 +147,7 @@ def test_a_step_leaves_nothing_and_rehearses_the_same_again(recipe, model):
         before, first = rehearsal.meter.alive, rehearsal.step(SHAPE, 0, True)
         assert rehearsal.meter.alive == before and rehearsal.step(SHAPE, 0, True) == first
         assert first.peak > rehearsal.step(SHAPE, 1, True).peak
+        assert first.peaks["forward"] - rehearsal.step(SHAPE, 0, False).peaks["forward"] == first.gradients, "those of micro-batches before"
         assert rehearsal.step(Shape(SHAPE.documents * 2, SHAPE.sequences * 2, 200), 0, True).passing > 1.5 * first.passing
 
     forked(held)
