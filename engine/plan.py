@@ -60,9 +60,11 @@ def main(argv: list[str]) -> int:
     copy, largest, own = space.of_checkpoint(rehearsal.kept.values()), largest_first(plan), (cfg.train.activation_checkpointing, cfg.train.micro_batch)
     held, fitting = {}, []
     for recompute, count in shown(settings(own, -(-cfg.train.global_batch // place.ranks))):
-        if any(one not in fitting and one[0] == recompute and one[1] < count for one in held):  # nor does more than that fit
+        accumulates = count * place.ranks < cfg.train.global_batch
+        # More than what does not fit does not either, but for one rank's whole step at once, which finds no gradients there.
+        if (accumulates or place.ranks > 1) and any(one not in fitting and one[0] == recompute and one[1] < count for one in held):
             continue
-        held[recompute, count] = rehearsal.step(shape_of(largest[:count]), recompute, count * place.ranks < cfg.train.global_batch)
+        held[recompute, count] = rehearsal.step(shape_of(largest[:count]), recompute, accumulates)
         if place.fits(held[recompute, count].peak, copy):
             fitting.append((recompute, count))
 
