@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 import torch
@@ -56,16 +57,28 @@ def compile_once(sources: Path, name: str, *options: str, optimize: str = "-O2",
     return library
 
 
-def build(sources: Path = SOURCES) -> ctypes.CDLL:
-    found = ctypes.CDLL(str(compile_once(sources, "emulator.cpp", "-std=c++17")))
-    for function in (found.emulate_forward, found.emulate_backward):
+class Kernels(Protocol):
+    """Something that runs them."""
+
+    def run(self, name: str, params: Params, tensors: list[Tensor], seed: int) -> Report | None:
+        """`name`: forward or backward. `tensors`: all memory that there is. `seed`: of the order in which blocks and lanes go on."""
+
+
+class Emulator:
+    """The kernels' source, built by g++."""
+
+    def __init__(self, sources: Path = SOURCES) -> None:
+        self.library = ctypes.CDLL(str(compile_once(sources, "emulator.cpp", "-std=c++17")))
+
+    def run(self, name: str, params: Params, tensors: list[Tensor], seed: int) -> Report:
+        function = self.library[f"emulate_{name}"]
         function.argtypes, function.restype = [ctypes.POINTER(Params), ctypes.c_uint64], Report
-    return found
+        return function(ctypes.byref(params), seed)
 
 
 @lru_cache(maxsize=1)
-def library() -> ctypes.CDLL:
-    return build()
+def emulator() -> Emulator:
+    return Emulator()
 
 
 @lru_cache(maxsize=1)
@@ -85,12 +98,14 @@ class Guarded:
 
     def __init__(self) -> None:
         self.margins: list[Tensor] = []
+        self.tensors: list[Tensor] = []
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         size = torch.Size(shape).numel()
         whole = torch.full(((2 * MARGIN + size) * dtype.itemsize // 2,), POISON, dtype=torch.int16)
         self.margins += [whole[: MARGIN * dtype.itemsize // 2], whole[-MARGIN * dtype.itemsize // 2 :]]
-        return whole.view(dtype)[MARGIN : MARGIN + size].view(shape)
+        self.tensors.append(whole.view(dtype)[MARGIN : MARGIN + size].view(shape))
+        return self.tensors[-1]
 
     def copy(self, x: Tensor) -> Tensor:
         return self.empty(*x.shape, dtype=x.dtype).copy_(x)
@@ -99,20 +114,20 @@ class Guarded:
         assert all(bool((margin == POISON).all()) for margin in self.margins), "written outside of a tensor"
 
 
-def run_forward(case: Case, seed: int = 0, kernels: ctypes.CDLL | None = None) -> tuple[Tensor, Tensor, Report]:
-    """out, lse and the report."""
+def run_forward(case: Case, seed: int = 0, kernels: Kernels | None = None) -> tuple[Tensor, Tensor, Report | None]:
+    """out, lse and the emulator's report."""
     memory, (tokens, heads, width) = Guarded(), case.q.shape
     out = memory.empty(tokens, heads, width, dtype=case.q.dtype)
     lse = memory.empty(heads, len(case.tiles), BLOCK, dtype=torch.float32)
     params = _params(case, memory)
     params.out, params.lse = out.data_ptr(), lse.data_ptr()
-    report = (kernels or library()).emulate_forward(ctypes.byref(params), seed)
+    report = (kernels or emulator()).run("forward", params, memory.tensors, seed)
     memory.check()
     return out, lse, report
 
 
-def run_backward(case: Case, out: Tensor, lse: Tensor, grad: Tensor, seed: int = 0, kernels: ctypes.CDLL | None = None) -> tuple[list[Tensor], Report]:
-    """Gradients of q, k, v and the report."""
+def run_backward(case: Case, out: Tensor, lse: Tensor, grad: Tensor, seed: int = 0, kernels: Kernels | None = None) -> tuple[list[Tensor], Report | None]:
+    """Gradients of q, k, v and the emulator's report."""
     memory = Guarded()
     grads = [memory.empty(*x.shape, dtype=x.dtype) for x in (case.q, case.k, case.v)]
     params = _params(case, memory)
@@ -121,7 +136,7 @@ def run_backward(case: Case, out: Tensor, lse: Tensor, grad: Tensor, seed: int =
     params.out, params.lse, params.grad_out = (x.data_ptr() for x in kept)
     params.grad_q, params.grad_k, params.grad_v = (x.data_ptr() for x in grads)
     params.delta = delta.data_ptr()
-    report = (kernels or library()).emulate_backward(ctypes.byref(params), seed)
+    report = (kernels or emulator()).run("backward", params, memory.tensors, seed)
     memory.check()
     return grads, report
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulation import SOURCES, Report, build, run_backward, run_forward
+from emulation import SOURCES, Emulator, Report, run_backward, run_forward
 from packs import BF16, FP16, LIMIT, Case, by_torch, judge, make, off, rotate
 from torch import Tensor
 
@@ -221,20 +221,21 @@ RARER = {
 }
 
 
-def plant(tmp_path: Path, *changes: tuple[str, str, str]):
+def copied(tmp_path: Path, *changes: tuple[str, str, str]) -> Path:
+    """The kernels' sources with changes."""
     sources = tmp_path / "kernels"
     shutil.copytree(SOURCES, sources)
     for name, before, after in (ONLY, *changes):
         text, times = re.subn(before, after, (sources / name).read_text(), count=1)
         assert times == 1, f"{name} has no {before!r} any more"
         (sources / name).write_text(text)
-    return build(sources)
+    return sources
 
 
 @pytest.mark.parametrize("bug", [*PLANTED, *(pytest.param(name, marks=pytest.mark.faults) for name in RARER)])
 def test_planted_bugs_are_seen(tmp_path, bug):
     *change, seen = (PLANTED | RARER)[bug]
-    kernels = plant(tmp_path, tuple(change))
+    kernels = Emulator(copied(tmp_path, tuple(change)))
     with pytest.raises(AssertionError, match=seen):
         for lengths, rotary in (([130, 65], False), ([90, 140], True)):
             check(lengths, 4, 2, 64, BF16, rotary, kernels=kernels)
@@ -242,6 +243,6 @@ def test_planted_bugs_are_seen(tmp_path, bug):
 
 @pytest.mark.faults
 def test_nothing_is_seen_where_nothing_is_planted(tmp_path):
-    kernels = plant(tmp_path)
+    kernels = Emulator(copied(tmp_path))
     for lengths, rotary in (([130, 65], False), ([90, 140], True)):
         check(lengths, 4, 2, 64, BF16, rotary, kernels=kernels)

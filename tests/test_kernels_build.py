@@ -13,6 +13,7 @@ import pytest
 import setuptools
 import torch.utils.cpp_extension
 from conftest import ROOT
+from ptx import Compiled, needs_nvcc
 
 
 @pytest.fixture
@@ -121,25 +122,11 @@ def test_a_build_that_fails_does_not_end_an_installation(monkeypatch, capsys, se
         install()
 
 
-# A runtime in whose place no GPU is needed: it keeps an error until it is asked for, as CUDA's does, and knows no kernel.
-RUNTIME = r"""extern "C" {
-int last = 0;
-int cudaFuncSetAttribute(const void *, int, int) { return last = 98; }
-int cudaGetLastError() { const int told = last; last = 0; return told; }
-int cudaPeekAtLastError() { return last; }
-""" + "\n".join(f"int {name}() {{ return 0; }}" for name in (
-    "cudaLaunchKernel", "__cudaLaunchKernel", "__cudaGetKernel", "__cudaPushCallConfiguration", "__cudaPopCallConfiguration", "__cudaRegisterFatBinary",
-    "__cudaRegisterFatBinaryEnd", "__cudaUnregisterFatBinary", "__cudaRegisterFunction", "__cudaInitModule")) + "\n}\n"
-
-
-@pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
+@needs_nvcc
 def test_a_launch_that_fails_is_told_once(tmp_path):
     """Or torch would raise it at its own next launch."""
-    (tmp_path / "runtime.cpp").write_text(RUNTIME)
-    alone = ["--cudart=none", "-Xlinker", "-Bsymbolic"]  # torch may have loaded the real one
-    command = ["nvcc", "-std=c++17", "-arch=sm_80", "-shared", "-Xcompiler", "-fPIC", *alone, "-o", "it.so", "runtime.cpp", ROOT / "kernels/probe.cu"]
-    subprocess.run(command, cwd=tmp_path, check=True)
-    library = ctypes.CDLL(str(tmp_path / "it.so"))
+    library = Compiled(tmp_path, [ROOT / "kernels/probe.cu"]).library
+    ctypes.c_int.in_dll(library, "refused").value = 98
     assert library.probe(bytes(32), 0) == 98 and library.cudaPeekAtLastError() == 0
 
 

@@ -54,9 +54,13 @@ def emulated() -> ctypes.CDLL:
 
 @pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES)
 def test_the_emulator_does_what_the_manual_says(emulated, dtype):
-    found, numbers = run(emulated, dtype, "cpu")
+    follows_the_manual(*run(emulated, dtype, "cpu"), dtype)
     report = emulated.probe_report().contents
     assert report.errors == 0, report.first_error
+
+
+def follows_the_manual(found: np.ndarray, numbers: np.ndarray, dtype: torch.dtype) -> None:
+    """Words and numbers that kernels/probe.cu found."""
     elements, floats = operands(dtype)
     words, floats = elements.view(torch.int32).numpy().view(np.uint32), floats.numpy()
     lane, wide = np.arange(LANES), elements.double().numpy()
