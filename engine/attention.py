@@ -19,7 +19,7 @@ from torch import Tensor
 
 from engine import fused_attention
 from engine.cpu_attention import cpu_attention, visible
-from engine.errors import BUG, EngineError
+from engine.errors import BUG, EngineError, first_line
 
 # Documents share one call as long as the shortest is at least this share of the longest, or so few tokens shorter that
 # a call of its own would cost more: little filling, few calls. What fills up a packed sequence is such a short document.
@@ -80,7 +80,7 @@ def _try_fused(device: torch.device, dtype: torch.dtype, heads: Heads, asked: bo
         raise
     except RuntimeError as error:  # a launch that failed, as with an extension made for another GPU
         _still_works(device, error)
-        return False, str(error).splitlines()[0]
+        return False, first_line(error)
     found = f"fused kernels: {ratio:.2f} × the error of torch's own on {heads.num_attention_heads}/{heads.num_key_value_heads} heads of {heads.head_dim}"
     if not ratio <= TRIED_LIMIT:
         return False, f"{found}, expected at most {TRIED_LIMIT:g} ×"
@@ -94,7 +94,7 @@ def _still_works(device: torch.device, error: RuntimeError) -> None:
     try:
         torch.cuda.synchronize(device)
     except RuntimeError as fault:
-        text = f"the fused kernels faulted on {device} ({str(fault).splitlines()[0]}), which is lost to this process; set train.attention=sdpa"
+        text = f"the fused kernels faulted on {device} ({first_line(fault)}), which is lost to this process; set train.attention=sdpa"
         raise EngineError("ATTENTION-FAULT", text, BUG) from error
 
 

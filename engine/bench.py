@@ -36,7 +36,7 @@ from engine.config import Data
 from engine.data import dataset
 from engine.data.plan import Plan
 from engine.data.tokenizer import load_tokenizer
-from engine.errors import BUG, ENVIRONMENT, EngineError, extra, run
+from engine.errors import BUG, ENVIRONMENT, EngineError, extra, first_line, run
 from engine.fused_attention import refusal
 from engine.rundir import commit, hardware, installed
 
@@ -285,7 +285,7 @@ def _attention_rows(args: argparse.Namespace, width: int, heads: int, kv_heads: 
                 raise EngineError("BENCH-DIFFERENT", f"{kernel} is off by {off:.1e} on documents of {mean}; its figures would mean nothing", BUG)
             found[kernel] = _kernel_figures(attend, leaves, grad, args.rounds, device)
         except (RuntimeError, ImportError, TypeError, ValueError) as error:  # not made for this, or out of memory
-            found[kernel] = (str(error).strip() or type(error).__name__).splitlines()[0]
+            found[kernel] = first_line(error)
     for kernel, figures in found.items():
         row = f"| {mean} | {width} | {heads}/{kv_heads} | {KERNELS[kernel][0]} |"
         if isinstance(figures, str):

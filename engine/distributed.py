@@ -183,7 +183,7 @@ def losses_told() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        text, rank, own = _first_line(error), errors.rank_in_launch(), _watchdogs[-1] if _watchdogs else None
+        text, rank, own = errors.first_line(error), errors.rank_in_launch(), _watchdogs[-1] if _watchdogs else None
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
             raise (own.lost(text) if own else EngineError("PEER-LOST", f"rank {rank} lost the others before they had met: {text}", PEER)) from error
         told = error
@@ -196,14 +196,10 @@ def losses_told() -> Iterator[None]:
         elif isinstance(error, RuntimeError) and NO_SAME_BITS in text:
             told = EngineError("TRAIN-DETERMINISTIC", f"{text.partition(',')[0]}; set train.deterministic=false: repetitions may then differ in the last bits")
         if own:
-            own.leave(str(told).splitlines()[0] if isinstance(told, EngineError) else f"{type(error).__name__}: {text}", cause=True)
+            own.leave(told.line if isinstance(told, EngineError) else f"{type(error).__name__}: {text}", cause=True)
         if told is error:
             raise
         raise told from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def close(world: World) -> None:

@@ -27,8 +27,8 @@ from types import SimpleNamespace
 
 from engine import __version__
 from engine.arguments import Parser
-from engine.errors import DONE, ENVIRONMENT, PEER, EngineError, run
-from engine.finding import Finding, Probe, first_line, of_error, tried
+from engine.errors import DONE, ENVIRONMENT, PEER, EngineError, first_line, run
+from engine.finding import Finding, Probe, of_error, tried
 
 EXAMPLE = "python -m engine.doctor --folder runs"
 OLDEST = (3, 10)

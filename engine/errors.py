@@ -49,6 +49,18 @@ class EngineError(Exception):
     def __str__(self) -> str:
         return f"ERROR E-{self.name} {self.text}"
 
+    @property
+    def line(self) -> str:
+        """The first line; where the text is a traceback, as of a bug in last_error.json, the first of the exception that it ends in."""
+        lines = str(self).splitlines()
+        frames = [number for number, text in enumerate(lines) if text.startswith('  File "')]
+        return next(text for text in (*lines[(frames or [0])[-1] :], lines[0]) if text.strip() and not text.startswith(" "))
+
+
+def first_line(error: BaseException) -> str:
+    """Of its message, which torch's make pages of; its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
 
 def extra(package: str, source: str | Path, name: str = "hub") -> Any:
     """A package of the extra `name`, which `source` needs."""
@@ -194,7 +206,7 @@ def recorded(path: Path, rank: int) -> Iterator[None]:
                 error.is_first = is_first
         if code == BUG and isinstance(error, Exception):
             print(f"[rank {rank}] {detail}", file=sys.stderr, flush=True)
-            raise EngineError("BUG", f"{type(error).__name__}: {error}; the traceback above belongs in a report", BUG) from error
+            raise EngineError("BUG", f"{type(error).__name__}: {first_line(error)}; the traceback above belongs in a report", BUG) from error
         if error is not caught:
             raise error from caught
         raise

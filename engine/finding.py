@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.errors import EngineError
+from engine.errors import EngineError, first_line
 from engine.terminal import shown
 
 
@@ -45,10 +45,6 @@ def of_error(name: str, text: str) -> Finding:
     """What one of the engine's errors says, which ends in what to change."""
     found, _, change = text.rpartition("; ")
     return Finding(name, found or text, change if found else "do as it says", True)
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def read(path: Path) -> str:

@@ -16,7 +16,8 @@ import torch
 
 from engine import metrics
 from engine.distributed import variables
-from engine.finding import Finding, first_line, gb, read, tried
+from engine.errors import first_line
+from engine.finding import Finding, gb, read, tried
 
 DEV, DRIVER, LIBRARY = Path("/dev"), Path("/proc/driver/nvidia/version"), "libcuda.so.1"
 TOLD = ("Driver Version", "CUDA Version", "Attached GPUs")  # by nvidia-smi; the second is the newest that the driver supports

@@ -14,7 +14,7 @@ import traceback
 from contextlib import suppress
 from typing import Any
 
-from engine.errors import ENVIRONMENT, FATAL, LAUNCHER, PEER, PREEMPTED, EngineError
+from engine.errors import ENVIRONMENT, FATAL, LAUNCHER, PEER, PREEMPTED, EngineError, first_line
 from engine.node import SAVING_S, STOP_S, Ended, leave, request, sent_on
 from engine.signals import StopRequest
 
@@ -50,7 +50,7 @@ def launched(argv: list[str], own_stops: bool) -> Ended:
     except did_not_meet as error:
         if "EADDRINUSE" in str(error):
             raise EngineError("ENVIRONMENT-PORT", "another program listens on MASTER_PORT here; set another, the same on all nodes", ENVIRONMENT) from error
-        raise EngineError("PEER-MEETING", f"the nodes did not meet: {str(error).splitlines()[0].rstrip('.')}; expected the same "
+        raise EngineError("PEER-MEETING", f"the nodes did not meet: {first_line(error).rstrip('.')}; expected the same "
                           "MASTER_ADDR, MASTER_PORT and NNODES on each, and each NODE_RANK once", PEER) from error
     return Ended([], None, [])
 

@@ -26,7 +26,7 @@ def check(run: Path, rank: int) -> None:
     if (run / "stopped").exists():  # each rank looks, for they may not meet any more: another node's launcher may have ended
         raise SystemExit(PREEMPTED)
     error, before = last(run), _read(note)
-    code, told = (error.exit_code, str(error).splitlines()[-1]) if error else (PEER, "no rank had time to say why")
+    code, told = (error.exit_code, error.line) if error else (PEER, "no rank had time to say why")
     if code in FATAL:
         raise EngineError("RESTART-FATAL", f"{run}: started again, which cannot help: {told}", code)
     if rank != 0:

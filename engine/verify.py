@@ -216,7 +216,7 @@ class Runs:
                               "lower train.micro_batch or data.max_length", ENVIRONMENT)
         if error.exit_code == BUG or error.name == "PEER-REPLICA":
             print(error, file=sys.stderr)
-            return str(error).splitlines()[-1]
+            return error.line
         raise error
 
 

@@ -1,7 +1,7 @@
 // torch's side of attention.h: checks that say what is wrong, memory for results, the device and its current stream.
 //
 // The operators' schemas, shapes and gradients are in engine/fused_attention.py. With EMULATED, as tests compile this file
-// together with the emulator, they are for CPUs and nothing of CUDA is needed.
+// together with the emulator, nothing of CUDA is needed, and they are for CPUs or whatever DEVICE names.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -12,7 +12,9 @@
 #include "attention.h"
 
 #ifdef EMULATED
+#ifndef DEVICE
 #define DEVICE CPU
+#endif
 static void *current_stream(const at::Tensor &) { return nullptr; }
 #else
 #define DEVICE CUDA

@@ -57,6 +57,14 @@ def compile_once(sources: Path, name: str, *options: str, optimize: str = "-O2",
     return library
 
 
+def compile_with_torch(sources: Path, name: str, *options: str, link: tuple[str, ...] = ()) -> Path:
+    """Likewise, of a source that includes torch's headers."""
+    from torch.utils import cpp_extension
+
+    include, where = [f"-isystem{path}" for path in cpp_extension.include_paths()], [f"-L{path}" for path in cpp_extension.library_paths()]
+    return compile_once(sources, name, "-std=c++20", *options, *include, optimize="-O0", link=(*where, *link, "-ltorch_cpu", "-lc10"))
+
+
 class Kernels(Protocol):
     """Something that runs them."""
 
@@ -81,16 +89,15 @@ def emulator() -> Emulator:
     return Emulator()
 
 
+def bindings(device: str) -> Path:
+    """The library that gives the operators of engine/fused_attention.py the emulator's code on a device, by way of kernels/bindings.cpp."""
+    kernels = compile_once(SOURCES, "emulator.cpp", "-std=c++17")
+    return compile_with_torch(SOURCES, "bindings.cpp", "-DEMULATED", f"-DDEVICE={device}", link=(str(kernels),))
+
+
 @lru_cache(maxsize=1)
 def operators() -> None:
-    """Gives the operators of engine/fused_attention.py the emulator's code on CPUs, by way of kernels/bindings.cpp."""
-    from torch.utils import cpp_extension
-
-    kernels = compile_once(SOURCES, "emulator.cpp", "-std=c++17")
-    include, where = [f"-isystem{path}" for path in cpp_extension.include_paths()], [f"-L{path}" for path in cpp_extension.library_paths()]
-    link = (*where, str(kernels), "-ltorch_cpu", "-lc10")
-    bindings = compile_once(SOURCES, "bindings.cpp", "-std=c++20", "-DEMULATED", *include, optimize="-O0", link=link)
-    torch.ops.load_library(bindings)
+    torch.ops.load_library(bindings("CPU"))
 
 
 class Guarded:
