@@ -27,9 +27,10 @@ from engine.watchdog import Watchdog
 
 LOOPBACK = ("127.0.0.1", "localhost")
 
-# Wrapped models live until the process ends. The last reference to one takes the gloo group down with the interpreter's
-# lock held, and waits for a thread that may want this lock to let go of its tensors: the rank would hang at the very end.
-_WRAPPED: list[nn.Module] = []
+# What lives until the process ends. The last reference to a wrapped model takes the gloo group down with the interpreter's lock held, and
+# waits for a thread that may want this lock to let go of its tensors: the rank would hang at the very end. And rank 0's store would close with
+# its failure, while others, whose patience ends a moment later, are still to find out what it has found.
+_KEPT: list[nn.Module | dist.Store] = []
 
 PATIENCE = 5  # times `timeout_s` in which ranks must have met
 # An exchange has no time limit of its own: a rank may wait long for one that saves or exports, and the watchdog tells that from a hang.
@@ -139,6 +140,7 @@ def _meet(rank: int, size: int, timeout_s: float) -> dist.Store:
             _watchdogs.append(own)
             return dist.PrefixStore(f"{start}/group", store)
         if time.monotonic() > end:
+            _KEPT.append(store)
             missing = [other for other in range(size) if other != rank and not (own.store.check([own.key(other)]) if own else store.check([words[other]]))]
             raise EngineError("PEER-MISSING", f"{_address()}: rank {', '.join(map(str, missing or [0]))} of {size} did not come within {patience:g} s, "
                               f"{PATIENCE} × train.timeout_s; look at what became of it, or raise train.timeout_s", PEER)
@@ -224,7 +226,7 @@ def wrap(model: nn.Module, world: World) -> nn.Module:
     check_replicas(alike, world)
     wrapped = DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None,
                                       gradient_as_bucket_view=True)
-    _WRAPPED.append(wrapped)
+    _KEPT.append(wrapped)
     return wrapped
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -153,12 +154,28 @@ def load_dataset(path: Path, tokenizer, template: str, max_length: int, too_long
     return Rows(**vars(dataset.load(cfg, "train", tokenizer)))
 
 
+def with_weights(folder: Path, config: dict[str, Any]) -> Path:
+    """A folder that has a tokenizer becomes a model's, with random weights."""
+    from engine.models import weights
+
+    (folder / "config.json").write_text(json.dumps(config))
+    model = weights.build(folder, "random", 3, torch.float32, torch.float32, torch.device("cpu"))
+    weights.write_folder(folder, config, weights.untied(model).items())
+    return folder
+
+
+def like(tiny: Path, folder: Path, **config: Any) -> Path:
+    """A model folder with `tiny`'s tokenizer, and with other fields of config.json than it has, of which None are left out."""
+    folder.mkdir()
+    (folder / "tokenizer.model").write_bytes((tiny / "tokenizer.model").read_bytes())
+    fields = {**json.loads((tiny / "config.json").read_text()), **config}
+    return with_weights(folder, {name: value for name, value in fields.items() if value is not None})
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
     """A model folder: 3-layer Llama with grouped queries, random weights on disk, a sentencepiece tokenizer."""
     import sentencepiece
-
-    from engine.models import weights
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
     folder.mkdir()
@@ -169,24 +186,13 @@ def tiny(tmp_path_factory) -> Path:
     sentencepiece.SentencePieceTrainer.train(input=str(text), model_prefix=str(folder / "tokenizer"), vocab_size=340, byte_fallback=True,
                                              model_type="bpe", normalization_rule_tsv=str(rules), minloglevel=2, num_threads=1)
     (folder / "tokenizer.vocab").unlink()
-    (folder / "config.json").write_text(json.dumps({**TINY, "vocab_size": 340}))
-    model = weights.build(folder, "random", 3, torch.float32, torch.float32, torch.device("cpu"))
-    weights.write_folder(folder, {**TINY, "vocab_size": 340}, weights.untied(model).items())
-    return folder
+    return with_weights(folder, {**TINY, "vocab_size": 340})
 
 
 @pytest.fixture
 def wide(tiny: Path, tmp_path: Path) -> Path:
     """A model folder with heads as the fused kernels take them."""
-    from engine.models import weights
-
-    folder, cpu = tmp_path / "wide", torch.device("cpu")
-    folder.mkdir()
-    config = {**TINY, "vocab_size": 340, "head_dim": 64, "num_hidden_layers": 2}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tokenizer.model").write_bytes((tiny / "tokenizer.model").read_bytes())
-    weights.write_folder(folder, config, weights.untied(weights.build(folder, "random", 3, torch.float32, torch.float32, cpu)).items())
-    return folder
+    return like(tiny, tmp_path / "wide", head_dim=64, num_hidden_layers=2)
 
 
 @pytest.fixture

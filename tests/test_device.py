@@ -15,11 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NO_GPU, ROOT, TINY, loaded, ragged_rows, repeatable, steps, write_rows
+from conftest import NO_GPU, ROOT, like, loaded, ragged_rows, repeatable, steps, write_rows
 from emulation import bindings, compile_with_torch
+from families import CASES
 from test_memory import planned
-
-from engine.models import weights
 
 LORA = ("lora.rank=4", "lora.dropout=0.1", "lora.targets=[all-linear]")
 KINDS = {"full": (), "full fp16": ("train.precision=fp16",), "bf16 weights": ("train.precision=bf16", "model.dtype=bf16", "optim.name=adamw_bf16"),
@@ -90,6 +89,33 @@ def test_losses_are_those_of_the_cpu_in_fp32(run, device, kind, off):
     assert [one["train/loss"] for one in found] == pytest.approx([one["train/loss"] for one in expected], rel=off)
 
 
+@pytest.mark.parametrize(("device", "name"), everywhere(*((name,) for name in CASES)))
+def test_every_family_trains_and_answers(run, tiny, tmp_path, device, name):
+    """With all that a layer can have: adapters by DoRA with dropout, on weights of 16 bits, computed a second time in the backward."""
+    kind, changes = CASES[name]
+    other = {"rope_theta": None} if "rope_parameters" in changes else {}
+    other |= {"hidden_act": None, "hidden_activation": "gelu_pytorch_tanh"} if kind == "gemma3_text" else {}
+    folder = like(tiny, tmp_path / "family", model_type=kind, architectures=None, **changes, **other)
+    options = (f"model.path={folder}", f"data.validation={tmp_path / 'rows.jsonl'}", "evaluate.at_start=false", "evaluate.samples=2",
+               "evaluate.max_new_tokens=20")
+    found = [steps(run(device, *options, *more, name=kind)) for kind, more in (("full", ()), ("lora", ("lora.dora=true", *KINDS["lora bf16"])))]
+    expected = steps(run("cpu", *options, name="cpu"))
+    assert [one["train/loss"] for one in found[0]] == pytest.approx([one["train/loss"] for one in expected], rel=1e-4)
+    assert found[1][-1]["train/loss"] < found[1][0]["train/loss"] and found[1][-1]["validation/loss"] > 0
+
+
+OTHERS = {"pissa": ("lora.rank=4", "lora.init=pissa", "lora.rslora=true", "optim.lora_plus=4", "export.kinds=[adapter,model]"),
+          "embeddings": ("lora.rank=4", "lora.modules_to_save=[embed_tokens,lm_head]", "model.add_tokens=['<a>','<b>']"),
+          "gguf": ("export.kinds=[model,gguf]", "model.dropout=0.1", "train.activation_checkpointing=2"), "mask": ("train.attention=reference",)}
+
+
+@pytest.mark.parametrize(("device", "name"), everywhere(*((name,) for name in OTHERS)))
+def test_other_ways_to_train(run, device, name):
+    losses = [one["train/loss"] for one in steps(run(device, *OTHERS[name]))]
+    assert losses == pytest.approx([one["train/loss"] for one in steps(run("cpu", *OTHERS[name], name="cpu"))], rel=1e-4 if name != "gguf" else 1)
+    assert losses[-1] < losses[0]
+
+
 @pytest.mark.parametrize(("device", "kind", "off"), everywhere(("full", 1e-6), ("full fp16", 1e-3), ("lora bf16", 1e-3), ("bf16 weights", 1e-3),
                                                                 ("fused", 1e-3), often=(("full", 1e-6),)))
 def test_two_ranks_take_the_steps_of_one(run, tmp_path, device, kind, off):
@@ -111,13 +137,7 @@ def test_recomputation_takes_less_memory_and_changes_no_bit(run, device):
 @pytest.mark.parametrize(("device", "kind"), everywhere(("full",), ("lora bf16",), ("bf16 weights",)))
 def test_a_plan_is_what_the_gpu_holds(run, recipe, tiny, tmp_path, device, kind):
     """Beside, on a true one, 32 MiB for cuBLAS, that are torch's to give out as well."""
-    folder = tmp_path / "larger"
-    folder.mkdir()
-    shape = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 340}
-    (folder / "config.json").write_text(json.dumps(config := {**TINY, **shape}))
-    (folder / "tokenizer.model").write_bytes((tiny / "tokenizer.model").read_bytes())
-    built = weights.build(folder, "random", 3, torch.float32, torch.float32, torch.device("cpu"))
-    weights.write_folder(folder, config, weights.untied(built).items())
+    folder = like(tiny, tmp_path / "larger", hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16, num_key_value_heads=8)
     options = (f"model.path={folder}", "export.kinds=[]", *KINDS[kind])
     held = steps(run(device, *options))[-1]["memory/peak_gpu_mb"]
     _, peak = planned(recipe(f"data.train={tmp_path / 'many.jsonl'}", "data.packing=true", "data.max_length=128", *options), "cuda")
@@ -145,3 +165,31 @@ def test_what_a_run_measures(run, device):
     last, machine = steps(folder)[-1], json.loads((folder / "run.json").read_text())["machine"]
     assert (last.get("memory/peak_gpu_mb", 0) > 0) == (device != "cpu") == bool(machine["gpus"])
     assert last["time/forward"] > 0 and last["time/backward"] > 0 and 0 < last["train/mfu"] < 1
+
+
+REFUSED = """
+import datetime, pytest, torch, torch.distributed as dist
+gpu, other, cpu = torch.ones(3, device="cuda"), torch.ones(3, device="cuda:1"), torch.ones(3)
+for one in (cpu, other):
+    for operation in (torch.add, torch.mul, torch.dot, torch.maximum, lambda a, b: a.index_add_(0, torch.arange(3, device=a.device), b)):
+        with pytest.raises(RuntimeError, match="same device|in one operation"):
+            operation(gpu, one)
+torch.use_deterministic_algorithms(True)
+assert gpu.long().cumsum(0).tolist() == [1, 2, 3]
+with pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
+    gpu.cumsum(0)
+dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+dist.all_reduce(gpu)
+with pytest.raises(ValueError, match="expected a contiguous tensor of a GPU"):
+    dist.all_reduce(cpu)
+before = torch.cuda.memory_allocated()
+many = torch.empty(1000, device="cuda")
+assert torch.cuda.memory_allocated() - before == 4096 and many.device == torch.device("cuda", 0)
+torch.cuda.set_device(2)
+assert torch.empty(1, device="cuda").device.index == 2 and gpu.sum().device.index == 0 and gpu.device.index == 0
+"""
+
+
+def test_the_simulated_gpu_refuses_what_a_true_one_does():
+    done = subprocess.run([sys.executable, "-c", REFUSED], capture_output=True, text=True, env=simulated())
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, load_dataset
+from conftest import TINY, like, load_dataset
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor
 from torch._subclasses import FakeTensorMode
@@ -28,12 +28,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def blocks_of_32(tiny, tmp_path_factory) -> Path:
     """The tiny model with rows that Q8_0 takes."""
-    folder = tmp_path_factory.mktemp("models") / "even"
-    shutil.copytree(tiny, folder)
-    config = {**json.loads((tiny / "config.json").read_text()), "intermediate_size": 64}
-    (folder / "config.json").write_text(json.dumps(config))
-    weights.write_folder(folder, config, weights.untied(weights.build(folder, "random", 3, torch.float32, torch.float32, CPU)).items())
-    return folder
+    return like(tiny, tmp_path_factory.mktemp("models") / "even", intermediate_size=64)
 
 
 def logits(model) -> torch.Tensor:

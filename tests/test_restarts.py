@@ -17,7 +17,7 @@ from test_resume import FULL, result, steps_done
 from test_watchdog import command
 
 from engine import checkpoint, metrics, train
-from engine.errors import CHECKPOINT, DONE, ENVIRONMENT, PEER, PREEMPTED, EngineError
+from engine.errors import BUG, CHECKPOINT, DONE, ENVIRONMENT, PEER, PREEMPTED, EngineError
 
 OPTIONS = (*FULL, "train.epochs=12", "train.global_batch=4", "data.packing=true", "checkpoint.every_steps=4", "checkpoint.each_epoch=false", "export.kinds=[]")
 
@@ -95,6 +95,21 @@ def test_restarts_that_bring_a_newer_checkpoint_are_not_counted(recipe, ranks, t
     folder = tmp_path / "runs/run/checkpoints"
     seen = launches(monkeypatch, ranks, crashing(recipe(*OPTIONS), lambda: max(checkpoint.steps_in(folder), default=0) + 6))
     assert [code for code, _ in seen] == [1] * 6 and json.loads((tmp_path / "runs/run/restarts.json").read_text()) == {"from_step": 20, "restarts": 1}
+
+
+def test_of_an_error_that_is_a_page_its_first_line_is_told(recipe, ranks, tmp_path, monkeypatch):
+    """As torch's are, with frames of C++ below."""
+    def failing() -> int:
+        def find() -> None:
+            raise RuntimeError("no kernel for this device\n\nException raised from f at g.cpp:1\nframe #0: h + 0x1")
+
+        monkeypatch.setattr(train.config, "semantic", lambda cfg: find())
+        return train.main(recipe(*OPTIONS))
+
+    seen = launches(monkeypatch, ranks, failing)
+    assert [code for code, _ in seen] == [BUG] * 6
+    assert all(said == "ERROR E-BUG RuntimeError: no kernel for this device; the traceback above belongs in a report" for _, said in seen[:4])
+    assert all(said.endswith("the last ended with: RuntimeError: no kernel for this device") for _, said in seen[4:]), seen[4:]
 
 
 @pytest.mark.parametrize("code, again", [(CHECKPOINT, False), (ENVIRONMENT, True), (PEER, True)])

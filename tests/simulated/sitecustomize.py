@@ -54,6 +54,7 @@ def install(gpu: str, kernels: str) -> None:
     torch.cuda.set_device = lambda device: memory.set_device(torch.device(device).index or 0)
     torch.cuda.memory_allocated = lambda *_: memory.held_bytes()
     torch.cuda.max_memory_allocated = lambda *_: memory.most_bytes()
+    torch.cuda.reset_peak_memory_stats = lambda *_: memory.forget_most()
     torch.cuda.mem_get_info = lambda *_: (BYTES - memory.held_bytes(), BYTES)
     import nccl  # of this folder
 
