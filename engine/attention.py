@@ -20,6 +20,7 @@ from torch import Tensor
 from engine import fused_attention
 from engine.cpu_attention import cpu_attention, visible
 from engine.errors import BUG, EngineError, first_line
+from engine.transfer import to_device
 
 # Documents share one call as long as the shortest is at least this share of the longest, or so few tokens shorter that
 # a call of its own would cost more: little filling, few calls. What fills up a packed sequence is such a short document.
@@ -152,9 +153,9 @@ class PackedAttention:
         self.path, self.lengths = path, list(lengths)
         self.kernel = cpu_attention if path == "cpu" else _sdpa
         if path == "reference":
-            self.document = torch.repeat_interleave(torch.tensor(self.lengths), output_size=sum(self.lengths)).to(device)
+            self.document = to_device(torch.repeat_interleave(torch.tensor(self.lengths), output_size=sum(self.lengths)), device)
         elif path == "fused":
-            self.tiles = fused_attention.tile_list(self.lengths).to(device, non_blocking=True)
+            self.tiles = to_device(fused_attention.tile_list(self.lengths), device)
             self.device = device
         else:
             starts = [0]
@@ -191,9 +192,10 @@ class PackedAttention:
             rows = torch.stack([starts[i] + place.clamp(max=self.lengths[i] - 1) for i in group])
             for row, i in enumerate(group):
                 restore[starts[i] : starts[i + 1]] = offset + row * longest + place[: self.lengths[i]]
-            gathers.append(rows.to(device))
+            gathers.append(rows)
             offset += rows.numel()
-        return gathers, restore.to(device)
+        *gathers, restore = _together([*gathers, restore], device)
+        return gathers, restore
 
     def _documents(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         outputs = []
@@ -218,6 +220,12 @@ class PackedAttention:
         mask = (self.document[:, None] == self.document) & _visible(len(q), 0, window, q.device)
         out = F.scaled_dot_product_attention(q_HTC[None], k_KTC[None], v_KTC[None], attn_mask=mask, enable_gqa=k.shape[1] != q.shape[1])
         return out[0].transpose(0, 1)
+
+
+def _together(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors of one type on a device, by one copy."""
+    whole = to_device(torch.cat([tensor.flatten() for tensor in tensors]), device)
+    return [part.view(tensor.shape) for part, tensor in zip(whole.split([tensor.numel() for tensor in tensors]), tensors, strict=True)]
 
 
 def rotate(x: Tensor, angles: Angles | None) -> Tensor:
@@ -269,9 +277,9 @@ class KVCache:
         """Announces prompts laid end to end; returns their positions (T,)."""
         device = self.lengths.device
         self.prompts = PackedAttention(prompt_lengths, device)
-        self.row = torch.repeat_interleave(torch.arange(len(prompt_lengths)), torch.tensor(prompt_lengths)).to(device)
-        self.place = torch.cat([torch.arange(length) for length in prompt_lengths]).to(device)
-        self.lengths = torch.tensor(prompt_lengths, device=device)
+        lengths = torch.tensor(prompt_lengths)
+        rows, places = torch.repeat_interleave(torch.arange(len(lengths)), lengths), torch.cat([torch.arange(length) for length in prompt_lengths])
+        self.row, self.place, self.lengths = _together([rows, places, lengths], device)
         return self.place
 
     def advance(self) -> Tensor:

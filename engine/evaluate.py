@@ -110,7 +110,7 @@ class Evaluation:
             with self.precision.context():
                 hidden = model(batch.ids, batch.positions, PackedAttention(batch.documents, device, self.attention))
                 summed_cross_entropy(hidden[batch.at], model.lm_head.weight, batch.targets, batch.sources, losses)
-            counts += torch.bincount(batch.sources, minlength=len(names))
+            counts.index_add_(0, batch.sources, torch.ones_like(batch.sources, dtype=counts.dtype))
         summed = distributed.sum_over_ranks([*losses.tolist(), *counts.tolist()], self.world)
         return {name: (summed[i], int(summed[len(names) + i])) for i, name in enumerate(names)}
 

@@ -7,6 +7,7 @@ nothing of CUDA's own kernels, streams, pinned memory and NCCL.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -165,6 +166,27 @@ def test_what_a_run_measures(run, device):
     last, machine = steps(folder)[-1], json.loads((folder / "run.json").read_text())["machine"]
     assert (last.get("memory/peak_gpu_mb", 0) > 0) == (device != "cpu") == bool(machine["gpus"])
     assert last["time/forward"] > 0 and last["time/backward"] > 0 and 0 < last["train/mfu"] < 1
+
+
+WAITS = """
+import sys, torch
+from engine import metrics, train
+waits, known = [], metrics.Log.step
+metrics.Log.step = lambda *arguments: (waits.append(torch.ops.simulated.waits()), known(*arguments))[1]
+train.main(sys.argv[1:])
+print("waits:", *(later - before for before, later in zip(waits, waits[1:])))
+"""
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.faults] * (kind not in ("full", "fused"))) for kind in KINDS])
+def test_a_step_waits_for_the_gpu_twice(recipe, wide, tmp_path, kind):
+    """For its losses and the norm of its gradients, whatever micro-batches it has and whether it saves: the GPU would run out of work."""
+    write_rows(tmp_path / "many.jsonl", ragged_rows(200))
+    arguments = recipe(f"model.path={wide}", f"data.train={tmp_path / 'many.jsonl'}", "train.device=cuda", "data.packing=true", "data.max_length=128",
+                       "train.max_steps=5", "train.micro_batch=2", "checkpoint.every_steps=2", *KINDS[kind])
+    done = subprocess.run([sys.executable, "-c", WAITS, *arguments], cwd=ROOT, capture_output=True, text=True, env=simulated())
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search("waits: (.*)", done.stdout)[1] == "2 2 2 2"
 
 
 REFUSED = """

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from engine.data.dataset import Dataset
 from engine.data.plan import Plan, Step, share
+from engine.transfer import to_device
 
 CPU = torch.device("cpu")
 AHEAD = 2  # steps that are prepared before they are asked for
@@ -130,7 +131,7 @@ def collate(dataset: Dataset, sequences: Sequence[np.ndarray], places: Sequence[
     at = np.flatnonzero(np.concatenate(supervised)[1:] & (positions[1:] > 0))  # token i + 1 is predicted at i, never across documents
 
     def tensor(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array.astype(np.int64)).to(device)
+        return to_device(torch.from_numpy(array.astype(np.int64)), device)
 
     return MicroBatch(tensor(tokens), tensor(positions), tensor(at), tensor(tokens[at + 1]), tensor(np.repeat(sources, documents)[at + 1]),
                       documents.tolist(), list(places), lengths, whole[~np.isin(whole, list(skipped))], num_tokens)

@@ -3,7 +3,7 @@
 // Tensors are of device cuda for all that torch's front knows: dispatch, autograd, autocast, device guards. Underneath, an operation gets
 // tensors of the CPU over the same memory. What a real one would refuse is refused: tensors of the CPU and of the GPU in one operation
 // (numbers and indices but), and what has no deterministic way where torch is told to keep to such. Memory is counted as torch's own
-// allocator would count it, in blocks of 512 bytes.
+// allocator would count it, in blocks of 512 bytes, and so is how often a thread would have waited for the GPU.
 
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
@@ -15,6 +15,8 @@
 #include <torch/library.h>
 
 #include <atomic>
+#include <map>
+#include <mutex>
 #include <set>
 #include <unordered_map>
 
@@ -54,6 +56,36 @@ struct Memory final : c10::Allocator {
     void copy_data(void *to, const void *from, size_t count) const override { default_copy_data(to, from, count); }
 };
 Memory memory;
+
+// Memory of the machine from which, and to which, a copy goes on while its caller does.
+struct Pinned final : c10::Allocator {
+    static inline std::mutex lock;
+    static inline std::map<const char *, size_t> blocks;
+
+    static void release(void *base) {
+        {
+            const std::lock_guard<std::mutex> held(lock);
+            blocks.erase(static_cast<char *>(base));
+        }
+        c10::free_cpu(base);
+    }
+    static bool has(const void *at) {
+        const std::lock_guard<std::mutex> held(lock);
+        auto after = blocks.upper_bound(static_cast<const char *>(at));
+        return after != blocks.begin() && static_cast<const char *>(at) < (--after)->first + after->second;
+    }
+    c10::DataPtr allocate(size_t bytes) override {
+        void *base = c10::alloc_cpu(std::max<size_t>(bytes, 1));
+        const std::lock_guard<std::mutex> held(lock);
+        blocks[static_cast<char *>(base)] = std::max<size_t>(bytes, 1);
+        return {base, base, &release, Device(DeviceType::CPU)};
+    }
+    c10::DeleterFnPtr raw_deleter() const override { return &release; }
+    void copy_data(void *to, const void *from, size_t count) const override { default_copy_data(to, from, count); }
+};
+Pinned pinned;
+
+std::atomic<int64_t> waits{0};  // how often a thread would have waited for the GPU
 
 // Random numbers are those of a generator of the CPU.
 struct Random final : c10::GeneratorImpl {
@@ -126,8 +158,8 @@ struct CUDAHooks final : CUDAHooksInterface {
     c10::DeviceIndex getCurrentDevice() const override { return ::current; }
     int getNumGPUs() const override { return ::GPUS; }
     c10::Allocator *getCUDADeviceAllocator() const override { return &::memory; }
-    c10::Allocator *getPinnedMemoryAllocator() const override { return c10::GetAllocator(DeviceType::CPU); }
-    bool isPinnedPtr(const void *) const override { return false; }
+    c10::Allocator *getPinnedMemoryAllocator() const override { return &::pinned; }
+    bool isPinnedPtr(const void *at) const override { return ::Pinned::has(at); }
     c10::Device getDeviceFromPtr(void *) const override { return ::device_of(::current); }
     const at::Generator &getDefaultGenerator(c10::DeviceIndex) const override { return at::globalContext().defaultGenerator(c10::Device(c10::DeviceType::CPU)); }
     Generator getNewGenerator(c10::DeviceIndex index) const override {
@@ -164,7 +196,9 @@ Tensor beneath(const Tensor &x) {
     return at::from_blob(const_cast<void *>(x.const_data_ptr()), x.sizes(), x.strides(), [](void *) {}, options, Device(DeviceType::CPU));
 }
 
-Tensor &copy_(Tensor &self, const Tensor &source, bool) {
+Tensor &copy_(Tensor &self, const Tensor &source, bool non_blocking) {
+    const Tensor &host = self.is_cuda() ? source : self;
+    if (!host.is_cuda() && !(non_blocking && Pinned::has(host.const_data_ptr()))) ++waits;
     beneath(self).copy_(beneath(source));
     return self;
 }
@@ -177,6 +211,9 @@ const std::set<std::string> MIXED = {"aten::index.Tensor", "aten::index.Tensor_o
 // Those for which torch's documentation of use_deterministic_algorithms says that on CUDA they have no way to it: always, or of floats.
 const std::set<std::string> NEVER = {"aten::put_", "aten::histc", "aten::kthvalue", "aten::median.dim", "aten::scatter_reduce.two"};
 const std::set<std::string> NOT_OF_FLOATS = {"aten::cumsum", "aten::cumsum_", "aten::cumsum.out", "aten::bincount"};  // which has floats where it has weights
+
+// Those whose result's size, or whose result, the caller has to know.
+const std::set<std::string> WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::bincount", "aten::masked_select"};
 
 void compute(const c10::OperatorHandle &op, torch::jit::Stack *stack) {
     const auto &schema = op.schema();
@@ -196,6 +233,7 @@ void compute(const c10::OperatorHandle &op, torch::jit::Stack *stack) {
             originals.emplace(lowered.unsafeGetTensorImpl(), x);
             return lowered;
         }
+        if (x.dim() > 0 && MIXED.count(name)) ++waits;
         if (x.dim() > 0) on_cpu = c10::str(x.scalar_type(), x.sizes());
         return x;
     };
@@ -208,7 +246,10 @@ void compute(const c10::OperatorHandle &op, torch::jit::Stack *stack) {
             value = lowered;
         } else if (value.isOptionalTensorList()) {
             c10::List<std::optional<Tensor>> lowered;
-            for (const auto &x : value.toOptionalTensorVector()) lowered.push_back(x ? std::optional<Tensor>(lower(*x)) : x);
+            for (const auto &x : value.toOptionalTensorVector()) {
+                if (x && x->is_cuda() && x->scalar_type() == at::kBool) ++waits;  // it becomes the numbers of what is true
+                lowered.push_back(x ? std::optional<Tensor>(lower(*x)) : x);
+            }
             value = lowered;
         } else if (value.isGenerator()) {
             if (auto *random = dynamic_cast<Random *>(value.toGenerator().unsafeGetGeneratorImpl())) value = random->beneath;
@@ -221,6 +262,7 @@ void compute(const c10::OperatorHandle &op, torch::jit::Stack *stack) {
     if (NEVER.count(name) || (floats && NOT_OF_FLOATS.count(name))) at::globalContext().alertNotDeterministic(name);
     for (const auto &returned : schema.returns())
         TORCH_CHECK(!returned.alias_info() || returned.alias_info()->isWrite(), name, " gives a view: it needs code of its own in tests/gpu.cpp");
+    if (WAITING.count(name)) ++waits;
     op.callBoxed(stack);
     const size_t results = schema.returns().size();
     const auto raise = [&](const Tensor &x) {
@@ -247,7 +289,10 @@ void compute(const c10::OperatorHandle &op, torch::jit::Stack *stack) {
     }
 }
 
-TORCH_LIBRARY(simulated, m) { m.def("beneath(Tensor x) -> Tensor", &beneath); }
+TORCH_LIBRARY(simulated, m) {
+    m.def("beneath(Tensor x) -> Tensor", &beneath);
+    m.def("waits() -> int", []() -> int64_t { return waits; });
+}
 
 TORCH_LIBRARY_IMPL(_, CUDA, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&compute>()); }
 
