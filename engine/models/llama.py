@@ -153,10 +153,18 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Keeps its input and one number a token for the backward; composed from torch's operations it would keep three copies."""
+    """Keeps its input and one number a token for the backward; composed from torch's operations it would keep three copies.
+
+    On CUDA torch has a kernel for each direction, which passes over memory once; below, x crosses it a dozen times, in a CPU's cache.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        ctx.by_kernel = x.is_cuda and x.dtype in (weight.dtype, torch.float32)  # where it is both, a weight in x's type is the weight
+        if ctx.by_kernel:
+            out, inverse = torch.ops.aten._fused_rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
+            ctx.save_for_backward(x, weight, inverse)
+            return out.to(dtype)
         wide = widened(x)
         inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
@@ -165,6 +173,10 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, weight, inverse = ctx.saved_tensors
+        if ctx.by_kernel:
+            wanted = [True, ctx.needs_input_grad[1]]
+            grad_x, grad_weight = torch.ops.aten._fused_rms_norm_backward(grad.to(x.dtype), x, x.shape[-1:], inverse, weight.to(x.dtype), wanted)
+            return grad_x, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
         normed, grad = widened(x) * inverse, widened(grad)
         grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         grad = grad * weight.to(grad.dtype)
@@ -183,11 +195,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        sigmoid = torch.sigmoid(gate)
-        silu = gate * sigmoid
-        # d silu / d gate = sigmoid + silu · (1 - sigmoid)
-        slope = torch.addcmul(sigmoid, silu, 1 - sigmoid)
-        return slope.mul_(up).mul_(grad), silu.mul_(grad)
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
 def rotary_angles(positions: Tensor, head_dim: int, rope: Rope, dtype: torch.dtype) -> Angles:

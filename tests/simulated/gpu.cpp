@@ -205,6 +205,16 @@ Tensor &copy_(Tensor &self, const Tensor &source, bool non_blocking) {
 
 Tensor view(const Tensor &self, c10::SymIntArrayRef size) { return at::native::view(self, C10_AS_INTARRAYREF_SLOW(size)); }
 
+// Which torch has for GPUs alone.
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor &grad, const Tensor &x, at::IntArrayRef shape, const Tensor &inverse, const std::optional<Tensor> &weight,
+                                             std::array<bool, 2> wanted) {
+    TORCH_CHECK(weight && grad.dtype() == x.dtype() && weight->dtype() == x.dtype() && inverse.dtype() == at::kFloat && shape.size() == 1 &&
+                inverse.numel() * shape[0] == x.numel() && weight->numel() == shape[0], "_fused_rms_norm_backward: types or shapes");
+    const Tensor normed = x.to(at::kFloat) * inverse, wide = grad.to(at::kFloat), along = wide * weight->to(at::kFloat);
+    return {((along - normed * (along * normed).mean(-1, true)) * inverse).to(x.scalar_type()),
+            wanted[1] ? (wide * normed).flatten(0, -2).sum(0).to(x.scalar_type()) : Tensor()};
+}
+
 // Operations of which some arguments may be the CPU's where others are the GPU's.
 const std::set<std::string> MIXED = {"aten::index.Tensor", "aten::index.Tensor_out", "aten::index_put_", "aten::_index_put_impl_", "aten::_local_scalar_dense"};
 
@@ -305,6 +315,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
     m.impl("_reshape_alias", &at::native::_reshape_alias);
     m.impl("unfold", &at::native::unfold);
     m.impl("resize_", &at::native::resize_);
+    m.impl("_fused_rms_norm_backward", &rms_norm_backward);
     m.impl("set_.source_Storage_storage_offset", &at::native::set_storage_cpu_);
 }
 
