@@ -1,8 +1,8 @@
 """What a run promises, on a GPU; and on the one that tests/simulated has, whose memory and arithmetic are this machine's. Each run is a
 process of its own.
 
-The simulated one finds what is on the wrong device, what has no deterministic way on CUDA, and what holds more memory than it should;
-nothing of CUDA's own kernels, streams, pinned memory and NCCL.
+The simulated one finds what is on the wrong device, what has no deterministic way on CUDA, what holds more memory than it should, and where
+a thread would wait for the GPU; nothing of CUDA's own kernels and streams, and of NCCL.
 """
 
 import json
@@ -190,7 +190,7 @@ def test_a_step_waits_for_the_gpu_twice(recipe, wide, tmp_path, kind):
 
 
 REFUSED = """
-import datetime, pytest, torch, torch.distributed as dist
+import pytest, torch, torch.distributed as dist
 gpu, other, cpu = torch.ones(3, device="cuda"), torch.ones(3, device="cuda:1"), torch.ones(3)
 for one in (cpu, other):
     for operation in (torch.add, torch.mul, torch.dot, torch.maximum, lambda a, b: a.index_add_(0, torch.arange(3, device=a.device), b)):

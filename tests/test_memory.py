@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, ragged_rows, write_rows
+from conftest import ROOT, TINY, ragged_rows, with_weights, write_rows
 from forks import forked
 
 from engine import adapter, config, plan
@@ -84,8 +84,7 @@ def test_the_peak_is_what_the_allocator_gives_out_in_training(recipe, model, tmp
     write_rows(tmp_path / "many.jsonl", ragged_rows(120))
     lora = "lora.rank=4" in RECIPES[name]
     if lora:  # which needs weights
-        built = weights.build(model, "random", 3, torch.float32, torch.float32, CPU)
-        weights.write_folder(model, json.loads((model / "config.json").read_text()), weights.untied(built).items())
+        with_weights(model, json.loads((model / "config.json").read_text()))
     arguments = recipe(f"model.path={model}", f"model.init={'pretrained' if lora else 'random'}", f"data.train={tmp_path / 'many.jsonl'}",
                        "data.max_length=128", "data.packing=true", "train.global_batch=8", "checkpoint.every_s=0", "checkpoint.each_epoch=false",
                        "export.kinds=[]", "optim.lr=1e-4", *RECIPES[name])

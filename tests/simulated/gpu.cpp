@@ -2,7 +2,7 @@
 //
 // Tensors are of device cuda for all that torch's front knows: dispatch, autograd, autocast, device guards. Underneath, an operation gets
 // tensors of the CPU over the same memory. What a real one would refuse is refused: tensors of the CPU and of the GPU in one operation
-// (numbers and indices but), and what has no deterministic way where torch is told to keep to such. Memory is counted as torch's own
+// (but for numbers and indices), and what has no deterministic way where torch is told to keep to such. Memory is counted as torch's own
 // allocator would count it, in blocks of 512 bytes, and so is how often a thread would have waited for the GPU.
 
 #include <ATen/ATen.h>
@@ -102,7 +102,7 @@ struct Random final : c10::GeneratorImpl {
     GeneratorImpl *clone_impl() const override { return new Random(device(), beneath.clone()); }
 };
 
-// ---- Device, streams and events: there is one of each, and all work is done when it is asked for -------------------------
+// ---- Devices, streams and events: a device has one stream, and all work is done when it is asked for ----------------------
 
 struct Guard final : c10::impl::DeviceGuardImplInterface {
     DeviceType type() const override { return DeviceType::CUDA; }
@@ -268,10 +268,10 @@ void compute(const c10::OperatorHandle &op, torch::jit::Stack *stack) {
             value = Device(DeviceType::CPU);
         }
     }
-    TORCH_CHECK(on_cpu.empty() || !on_gpu || MIXED.count(name), name, ": tensors of cuda:0 and of the CPU (", on_cpu, ") in one operation");
+    TORCH_CHECK(on_cpu.empty() || !on_gpu || MIXED.count(name), name, ": tensors of ", *on_gpu, " and of the CPU (", on_cpu, ") in one operation");
     if (NEVER.count(name) || (floats && NOT_OF_FLOATS.count(name))) at::globalContext().alertNotDeterministic(name);
     for (const auto &returned : schema.returns())
-        TORCH_CHECK(!returned.alias_info() || returned.alias_info()->isWrite(), name, " gives a view: it needs code of its own in tests/gpu.cpp");
+        TORCH_CHECK(!returned.alias_info() || returned.alias_info()->isWrite(), name, " gives a view: it needs code of its own in tests/simulated/gpu.cpp");
     if (WAITING.count(name)) ++waits;
     op.callBoxed(stack);
     const size_t results = schema.returns().size();

@@ -1,8 +1,8 @@
 """Gives a Python process and those that it starts the GPU of gpu.cpp, and the emulated kernels on it.
 
 For that this folder is in PYTHONPATH, and SIMULATED_GPU names two libraries: gpu.cpp's, and that of kernels/bindings.cpp. The first must be
-there before torch is, which asks for its accelerator once. What `torch.cuda` gets from torch._C, which a torch built
-for CPUs does not have, is put in its place, as far as the engine uses it.
+there before torch is, which asks for its accelerator once. Functions of `torch.cuda` for which a torch built for CPUs has nothing in torch._C
+are replaced, as far as the engine uses them.
 """
 
 import atexit
