@@ -31,13 +31,12 @@ import torch
 from torch import Tensor
 
 from engine.arguments import Parser, between
-from engine.attention import Angles, PackedAttention, rotate
+from engine.attention import PACKED, Angles, PackedAttention, refusal, rotate
 from engine.config import Data
 from engine.data import dataset
 from engine.data.plan import Plan
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import BUG, ENVIRONMENT, EngineError, extra, first_line, run
-from engine.fused_attention import refusal
 from engine.rundir import commit, hardware, installed
 
 BATCH = 1000  # rows that the libraries get at once, as datasets.map has it
@@ -339,22 +338,12 @@ def _median(work: Callable[[], Any], rounds: int, on_gpu: bool) -> float:
 
 def _packed(path: str) -> Callable[[list[int], torch.device, int, Angles | None], Attend]:
     def prepare(lengths: list[int], device: torch.device, width: int, angles: Angles | None) -> Attend:
-        if path == "fused" and (reason := refusal(device, torch.bfloat16, width, ())):
+        if path in PACKED and (reason := refusal(path, device, torch.bfloat16, width)):
             raise ValueError(reason)
         packed = PackedAttention(lengths, device, path)
         return lambda q, k, v: packed(0, q, k, v, angles=angles)
 
     return prepare
-
-
-def _varlen(lengths: list[int], device: torch.device, width: int, angles: Angles | None) -> Attend:
-    from torch.nn.attention.varlen import varlen_attn
-
-    if device.type != "cuda":
-        raise ValueError("made for CUDA devices")
-    ends, longest = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device), max(lengths)
-    return lambda q, k, v: varlen_attn(rotate(q, angles), rotate(k, angles), v, ends, ends, longest, longest, window_size=(-1, 0),
-                                       enable_gqa=q.shape[1] != k.shape[1])
 
 
 def _flex(lengths: list[int], device: torch.device, width: int, angles: Angles | None) -> Attend:
@@ -375,7 +364,7 @@ def _flex(lengths: list[int], device: torch.device, width: int, angles: Angles |
 
 
 KERNELS = {"sdpa": ("torch SDPA, documents of like length together", _packed("sdpa")), "fused": ("ours, kernels/", _packed("fused")),
-           "varlen": ("torch.nn.attention.varlen", _varlen), "flex": ("FlexAttention, document mask", _flex),
+           "varlen": ("torch FlashAttention, varlen", _packed("varlen")), "flex": ("FlexAttention, document mask", _flex),
            "dense": ("torch SDPA, dense mask", _packed("reference"))}
 SIDES = {"ours": ("this engine, text to packed and cached", ours), "apart": ("transformers, fast and batched, prompt and answer apart", apart),
          "together": ("transformers, prompt and prompt with answer, as TRL", together),

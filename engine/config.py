@@ -142,8 +142,8 @@ class Train:
     loss_scale: float = option(65536.0, "fp16: first loss scale; it halves on overflow", low=1)
     loss_scale_growth: int = option(2000, "fp16: steps without overflow after which the scale doubles", low=1)
     activation_checkpointing: int = option(0, "recompute activations: 0 never, 1 in every block, n in every n-th block", low=0)
-    attention: str = option("auto", "attention over packed rows; auto names its choice, and takes fused only on GPUs on which it was timed",
-                            ("auto", "sdpa", "cpu", "fused", "reference"))
+    attention: str = option("auto", "attention over packed rows; auto names its choice: on GPUs varlen, torch's FlashAttention for packed documents, where it "
+                            "can, and fused, our kernels, where those were found faster", ("auto", "varlen", "fused", "sdpa", "cpu", "reference"))
     deterministic: bool = option(True, "on CUDA: kernels that give the same bits each time, which resume and replay are held to; they may be slower")
     timeout_s: float = option(120.0, "seconds that ranks wait for one that makes no progress; then the run ends with exit code 5", low=1)
 

@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.varlen_attention import too_old, too_wide
+
 BLOCK = 64  # tokens of a block, as in kernels/attention.h
-WIDTHS, TYPES, LEAST_CAPABILITY = (64, 128), (torch.bfloat16, torch.float16), (8, 0)
+WIDTHS = (64, 128)
 
 torch.library.define("engine::attention", "(Tensor q, Tensor k, Tensor v, Tensor tiles, float scale, Tensor? cosine=None, Tensor? sine=None)"
                      " -> (Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag)
@@ -53,13 +55,13 @@ def tile_list(lengths: Sequence[int]) -> Tensor:
 
 def refusal(device: torch.device, dtype: torch.dtype, head_dim: int, windows: Sequence[int | None]) -> str | None:
     """Why the kernels do not do this; None if they do."""
-    if dtype not in TYPES:
-        return f"made for bf16 and fp16, not {str(dtype).removeprefix('torch.')}"
+    if reason := too_wide(dtype):
+        return reason
     if head_dim not in WIDTHS:
         return f"made for heads of {' or '.join(map(str, WIDTHS))}, not {head_dim}"
     if any(window is not None for window in windows):
         return "not made for sliding windows"
-    return _missing(device.type) or _too_old(device)
+    return _missing(device.type) or (too_old(device) if device.type == "cuda" else None)
 
 
 def _missing(kind: str) -> str | None:
@@ -72,12 +74,6 @@ def _missing(kind: str) -> str | None:
     except ImportError as error:
         return f"the extension is not there ({error}); kernels/README.md tells how it is built"
     return None
-
-
-def _too_old(device: torch.device) -> str | None:
-    if device.type != "cuda" or (capability := torch.cuda.get_device_capability(device)) >= LEAST_CAPABILITY:
-        return None
-    return "made for GPUs of capability {}.{} and newer, not {}.{}".format(*LEAST_CAPABILITY, *capability)
 
 
 @torch.library.register_fake("engine::attention")

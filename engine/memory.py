@@ -2,7 +2,7 @@
 
 torch's fake tensors go the way of real ones through layers, recomputation, gradients and optimizer, at the speed of Python, and hold
 nothing; a meter sees each storage come and go. A CPU's fakes stand for a GPU's too, for torch makes none where there is no GPU: sizes of
-chunks are then the GPU's, and attention is torch's kernel. Not in it is what no tensor shows: CUDA's context and libraries, NCCL's
+chunks are then the GPU's, and attention takes the path that it takes there. Not in it is what no tensor shows: CUDA's context and libraries, NCCL's
 buffers, what a kernel needs for itself, and fragmentation.
 """
 
@@ -110,7 +110,7 @@ class Rehearsal:
         if device.type == "cpu":
             self.path, _ = attention.choose(cfg.train.attention, device, self.types.arithmetic, self.model.config)
         else:
-            self.path = "reference" if cfg.train.attention == "reference" else "sdpa"
+            self.path = attention.expected(cfg.train.attention, self.types.arithmetic, self.model.config)
         self.fake, self.meter = FakeTensorMode(), Meter()
         with self._on():
             _without_content(self.model.train())

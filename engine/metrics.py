@@ -34,10 +34,12 @@ PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 9
 
 
 class Stopwatch:
-    """Seconds spent in the named parts of a step. On a GPU by events in its stream, read once the step is over."""
+    """Seconds spent in the named parts of a step. On a GPU by events in its stream, read once the step is over; its peak memory counts from here."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_cuda = device.type == "cuda"
+        if self.on_cuda:  # what loading, trials and probes took is none of a step's
+            torch.cuda.reset_peak_memory_stats(device)
         self.start()
 
     def start(self) -> None:

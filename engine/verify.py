@@ -100,7 +100,7 @@ def prove(runs: "Runs", cfg: config.Recipe, table: Table) -> None:
     table.begin("model, and plain sums")
     facts = runs.plain()
     in_fp32 = IN_FP32 * facts["wide"] if cfg.optim.name == "adamw_bf16" else ()
-    in_fp32 += ("train.attention=auto",) * (cfg.train.attention == "fused")  # which is made for 16 bits
+    in_fp32 += ("train.attention=auto",) * (cfg.train.attention in ("fused", "varlen"))  # which are made for 16 bits
     print(f"{facts['parameters']:,} parameters, {facts['trained']:,} trained; {runs.sequences} sequences a step (the recipe: {cfg.train.global_batch}); "
           f"{facts['machine']}\n\n{'check':<53}{'measured':<42}limit")
     least = LEAST if facts["wide"] or cfg.optim.name == "adamw" else LEAST_BF16

@@ -24,7 +24,7 @@ from test_memory import planned
 LORA = ("lora.rank=4", "lora.dropout=0.1", "lora.targets=[all-linear]")
 KINDS = {"full": (), "full fp16": ("train.precision=fp16",), "bf16 weights": ("train.precision=bf16", "model.dtype=bf16", "optim.name=adamw_bf16"),
          "lora bf16": (*LORA, "train.precision=bf16", "model.dtype=bf16", "train.activation_checkpointing=1"),
-         "lora fp16": (*LORA, "train.precision=fp16", "model.dtype=fp16"),
+         "lora fp16": (*LORA, "train.precision=fp16", "model.dtype=fp16", "train.attention=sdpa"),
          "fused": (*LORA, "train.precision=bf16", "model.dtype=bf16", "train.attention=fused")}
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU)
 
@@ -138,7 +138,7 @@ def test_recomputation_takes_less_memory_and_changes_no_bit(run, device):
 @pytest.mark.parametrize(("device", "kind"), everywhere(("full",), ("lora bf16",), ("bf16 weights",)))
 def test_a_plan_is_what_the_gpu_holds(run, recipe, tiny, tmp_path, device, kind):
     """Beside, on a true one, 32 MiB for cuBLAS, that are torch's to give out as well."""
-    folder = like(tiny, tmp_path / "larger", hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16, num_key_value_heads=8)
+    folder = like(tiny, tmp_path / "larger", hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4)
     options = (f"model.path={folder}", "export.kinds=[]", *KINDS[kind])
     held = steps(run(device, *options))[-1]["memory/peak_gpu_mb"]
     _, peak = planned(recipe(f"data.train={tmp_path / 'many.jsonl'}", "data.packing=true", "data.max_length=128", *options), "cuda")

@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from engine import distributed, doctor, finding, gpus, machine, publish
+from engine import attention, distributed, doctor, finding, gpus, machine, publish
 from engine.errors import DONE, ENVIRONMENT, PEER
 from engine.finding import Finding
 
@@ -89,7 +89,7 @@ def test_this_machine_can_train_and_nothing_stays_behind(tmp_path, monkeypatch):
     assert done.returncode == DONE and not done.stderr, done.stdout + done.stderr
     for line in (r"ok     packages       torch \S+, numpy", r"ok     cores          \d+ of \d+", r"ok     speed          [\d,]+ MB/s", "ok     rename  ",
                  "ok     locks  ", "note   variables      RANK=5 of", r"ok     ranks          \d+ by (gloo|NCCL) started, met, summed right",
-                 "ok     (GPU|driver)  ", "ok     attention      (cpu|sdpa|fused), by", "(ok|note)   +engine._C  "):
+                 "ok     (GPU|driver)  ", "ok     attention      (cpu|sdpa|varlen|fused), by", "(ok|note)   +engine._C  "):
         assert re.search(f"^  {line}", done.stdout, re.MULTILINE), (line, done.stdout)
     assert re.search(r"^This machine can train, on (its CPU|\d+ GPUs?): ", done.stdout.splitlines()[-1]) and not list(tmp_path.iterdir())
 
@@ -332,7 +332,10 @@ def test_the_path_of_attention_and_its_kernels(fake_gpus, tmp_path, monkeypatch)
     assert set(of(doctor.kernels)) == {"engine._C"}
     fake_gpus(H100)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: "nvcc" if name == "nvcc" and (tmp_path / "bin/nvcc").exists() else None)
-    assert of(doctor.attention_path)["attention"].found.startswith("sdpa, by train.attention=auto for 32/8 heads of 128 in bfloat16: torch's kernel")
+    for ratio, told in ((1.0, "varlen, by train.attention=auto for 32/8 heads of 128 in bfloat16: torch's FlashAttention: 1.00 ×"),
+                        (3.0, "sdpa, by train.attention=auto for 32/8 heads of 128 in bfloat16: torch's kernel per document")):
+        monkeypatch.setattr(attention, "_trial", lambda *_, ratio=ratio: (ratio, True))
+        assert of(doctor.attention_path)["attention"].found.startswith(told)
     assert of(doctor.kernels)["nvcc"].change.startswith("set CUDA_HOME to the folder of CUDA 12.6")
     for release, verdict in (("12.4", "ok"), ("13.0", "note"), ("", "note")):
         program(tmp_path, "nvcc", f"Cuda compilation tools, release {release}, V{release}.131")

@@ -12,7 +12,7 @@ FLOORS = [
     {"errors", "tensorfile"},
     {"hub", "watchdog"},
     {"config", "arguments", "publish", "page", "finding"},
-    {"distributed", "dropout", "linear", "signals", "record", "events", "space"},
+    {"distributed", "dropout", "linear", "signals", "record", "events", "space", "varlen_attention"},
     {"precision", "loss", "cpu_attention", "fused_attention", "adamw_bf16", "node"},
     {"attention", "nodes"},
     {"models", "lora", "data"},

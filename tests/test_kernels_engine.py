@@ -234,7 +234,7 @@ def test_training_with_the_fused_path(multiplies_bf16, trained, recipe, wide, tm
                           "train.max_steps=2", "optim.lr=1e-3", name=path))
         run = tmp_path / "runs" / path
         losses[path] = [json.loads(line)["train/loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert "fused: fused kernels: " in (tmp_path / "runs/fused/run.json").read_text()
+    assert "fused: our kernels: " in (tmp_path / "runs/fused/run.json").read_text()
     assert losses["fused"] == pytest.approx(losses["reference"], rel=2e-3) and losses["fused"] != losses["reference"]
 
 
@@ -250,7 +250,7 @@ def test_verify_holds_on_the_fused_path(multiplies_bf16, ranks, recipe, wide):
 
 def test_the_choice_tries_the_kernels_and_says_why(monkeypatch):
     path, why = attention.choose("fused", CPU, BF16, HEADS)
-    assert path == "fused" and "× the error of torch's own on 4/2 heads of 64; asked for" in why
+    assert path == "fused" and "× the error of torch's sdpa on 4/2 heads of 64; asked for" in why
     assert attention.choose("auto", CPU, BF16, HEADS)[0] == "cpu"
 
 
@@ -258,22 +258,23 @@ def test_the_choice_tries_the_kernels_and_says_why(monkeypatch):
 def test_the_trial_holds_on_all_its_lengths(monkeypatch):
     monkeypatch.undo()
     assert {1, 64, 65, 700} <= set(attention.TRIED) and len(attention.TRIED) > 40
-    ratio, same = attention._trial(CPU, BF16, SimpleNamespace(**{**vars(HEADS), "num_attention_heads": 2, "num_key_value_heads": 1}))
+    ratio, same = attention._trial("fused", CPU, BF16, SimpleNamespace(**{**vars(HEADS), "num_attention_heads": 2, "num_key_value_heads": 1}))
     assert ratio <= 1.5 and same
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A device of capability 9.0 as far as the choice asks, with the extension built; what is tried there is tried here."""
+    """A device of capability 9.0 as far as the choice asks, with the extension built; our kernels are tried here, torch's are taken as right."""
     monkeypatch.setitem(sys.modules, "engine._C", ModuleType("engine._C"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(attention, "_trial", lambda device, dtype, heads, trial=attention._trial: trial(CPU, dtype, heads))
+    trial = attention._trial
+    monkeypatch.setattr(attention, "_trial", lambda path, device, dtype, heads: trial(path, CPU, dtype, heads) if path == "fused" else (1.0, True))
     return torch.device("cuda")
 
 
 def test_auto_takes_the_kernels_where_they_were_timed(gpu, monkeypatch):
     path, why = attention.choose("auto", gpu, BF16, HEADS)
-    assert path == "sdpa" and why.endswith("not fused: not timed on GPUs of capability 9.0 yet; train.attention=fused takes them")
+    assert path == "varlen" and why.endswith("not fused: not timed on GPUs of capability 9.0 yet; train.attention=fused takes them")
     assert attention.choose("fused", gpu, BF16, HEADS)[0] == "fused"
     monkeypatch.setattr(attention, "FASTER", {(9, 0)})
     path, why = attention.choose("auto", gpu, BF16, HEADS)
@@ -289,16 +290,16 @@ def test_a_fault_of_the_kernels_ends_the_run(gpu, monkeypatch):
 
     monkeypatch.setattr(attention, "_trial", full)
     with pytest.raises(torch.OutOfMemoryError):  # nor may what is left of memory make the choice
-        attention._try_fused(gpu, BF16, HEADS, True)
+        attention._try("fused", gpu, BF16, HEADS, True)
 
     def fault(*_):
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nand more")
 
     monkeypatch.setattr(attention, "_trial", fault)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)  # a launch failed, and the device works on
-    assert attention._try_fused(gpu, BF16, HEADS, True) == (False, "CUDA error: an illegal memory access was encountered")
+    assert attention._try("fused", gpu, BF16, HEADS, True) == (False, "CUDA error: an illegal memory access was encountered")
     monkeypatch.setattr(torch.cuda, "synchronize", fault)
-    with pytest.raises(EngineError, match=r"the fused kernels faulted on cuda \(CUDA error: an illegal.* set train.attention=sdpa") as caught:
+    with pytest.raises(EngineError, match=r"our kernels faulted on cuda \(CUDA error: an illegal.* set train.attention=sdpa") as caught:
         attention.choose("fused", gpu, BF16, HEADS)
     assert caught.value.exit_code == BUG
 
@@ -306,13 +307,13 @@ def test_a_fault_of_the_kernels_ends_the_run(gpu, monkeypatch):
 @pytest.mark.parametrize(("heads", "dtype", "reason"), [
     ({"head_dim": 48}, BF16, "made for heads of 64 or 128, not 48"), ({"windows": (None, 128)}, BF16, "not made for sliding windows"),
     ({}, torch.float32, "made for bf16 and fp16, not float32"), ({}, BF16, r"the extension is not there \(.*\); kernels/README.md")])
-def test_what_the_kernels_do_not_do_goes_another_way(monkeypatch, heads, dtype, reason):
+def test_what_the_kernels_do_not_do_goes_another_way(gpu, monkeypatch, heads, dtype, reason):
     monkeypatch.setitem(sys.modules, "engine._C", None)  # as where it is not built
-    heads, cuda = SimpleNamespace(**{**vars(HEADS), **heads}), torch.device("cuda")
-    path, why = attention.choose("auto", cuda, dtype, heads)
-    assert path == "sdpa"
+    heads = SimpleNamespace(**{**vars(HEADS), **heads})
+    path, why = attention.choose("auto", gpu, dtype, heads)
+    assert path == ("varlen" if dtype == BF16 else "sdpa")
     with pytest.raises(EngineError, match=rf"train.attention=fused: {reason}.*; set train.attention=auto") as caught:
-        attention.choose("fused", cuda, dtype, heads)
+        attention.choose("fused", gpu, dtype, heads)
     assert caught.value.exit_code == USER and str(caught.value).split("fused: ")[1].split("; set")[0] in why
 
 
@@ -325,7 +326,7 @@ def test_what_the_kernels_do_not_do_goes_another_way(monkeypatch, heads, dtype, 
 def test_kernels_that_are_wrong_are_not_used(monkeypatch, spoil, reason):
     right = fused_attention.fused_attention
     monkeypatch.setattr(fused_attention, "fused_attention", lambda *given: spoil(right(*given), given[0], *given[5:]))
-    used, why = attention._try_fused(CPU, BF16, HEADS, True)
+    used, why = attention._try("fused", CPU, BF16, HEADS, True)
     assert not used and reason in why
     with pytest.raises(EngineError, match="set train.attention=auto"):
         attention.choose("fused", CPU, BF16, HEADS)

@@ -316,6 +316,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
     m.impl("unfold", &at::native::unfold);
     m.impl("resize_", &at::native::resize_);
     m.impl("_fused_rms_norm_backward", &rms_norm_backward);
+    m.impl("silu_backward", torch::CppFunction::makeFromBoxedFunction<&compute>());  // which has a kernel, where by default it is composed of others
     m.impl("set_.source_Storage_storage_offset", &at::native::set_storage_cpu_);
 }
 

@@ -56,8 +56,10 @@ def install(gpu: str, kernels: str) -> None:
     torch.cuda.max_memory_allocated = lambda *_: memory.most_bytes()
     torch.cuda.reset_peak_memory_stats = lambda *_: memory.forget_most()
     torch.cuda.mem_get_info = lambda *_: (BYTES - memory.held_bytes(), BYTES)
-    import nccl  # of this folder
+    import flash  # of this folder
+    import nccl
 
+    flash.install()
     nccl.install()
     atexit.register(time.sleep, 0.2)  # in which autograd's thread of the device lets go of what is Python's
 
