@@ -144,9 +144,9 @@ def relative_error(path: "PackedAttention", reference: "PackedAttention", q: Ten
     """
     found = (_both_ways(attend, dtype, q, k, v, grad, window, angles)
              for attend, dtype in ((reference, torch.float64), (path, q.dtype), (reference, q.dtype)))
-    # Kernels round probabilities and the gradients of scores as well, which makes 0.4 of a unit in the last place where a reference that
-    # computes in fp32 makes 0.2; in rows of one token it may be exact.
-    ratios, least = [], torch.finfo(q.dtype).eps / 4
+    # A kernel rounds probabilities, gradients of scores, and each head's share of those of keys too: that makes 0.3 to 0.6 of a unit in the
+    # last place, where a reference that computes in fp32 and rounds its result makes 0.2; on rows of one token it may be exact.
+    ratios, least = [], torch.finfo(q.dtype).eps * 3 / 8
     for truth, one, other in zip(*found, strict=True):
         own, references = (float((x.double() - truth).norm() / truth.norm().clamp(min=1e-30)) for x in (one, other))
         ratios.append(own / max(references, least))

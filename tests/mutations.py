@@ -32,6 +32,7 @@ class Bug:
 TRAIN, PLAN, LOADER, CHECKPOINT = "engine/train.py", "engine/data/plan.py", "engine/data/loader.py", "engine/checkpoint.py"
 SPLIT = "tests/test_gradient.py::test_every_split_gives_the_gradient_of_the_whole_batch"
 RESUME = "tests/test_resume.py::test_killed_and_resumed_equals_undisturbed"
+VARLEN = "tests/test_varlen.py::test_it_is_taken_where_it_is_right_and_only_there[simulated]"
 TEMPLATE = "tests/test_data.py::test_prompt_is_tokenised_alike_in_training_and_generation_and_the_end_is_supervised_once"
 
 BUGS = [
@@ -83,6 +84,10 @@ BUGS = [
     # ---- on a GPU
     Bug("the GPU is waited for", "engine/transfer.py", "x.pin_memory().to(device, non_blocking=True) if", "x.to(device) if",
         "tests/test_device.py::test_a_step_waits_for_the_gpu_twice[full]"),
+    Bug("a window of one token too many", "engine/varlen_attention.py", "(window - 1, 0)", "(window, 0)", VARLEN),
+    Bug("packed attention is not told that it is causal", "engine/varlen_attention.py", "0.0, window is None, False", "0.0, False, False", VARLEN),
+    Bug("a document ends one token late", "engine/varlen_attention.py", "[0, *accumulate(lengths)]", "[0, *(end + 1 for end in accumulate(lengths))]", VARLEN),
+    Bug("packed attention is taken as it comes", "engine/attention.py", "if not ratio <= TRIED_LIMIT:", "if False:", VARLEN),
     Bug("sums over ranks on the CPU", "engine/distributed.py",
         "total = torch.tensor(values, dtype=torch.float64, device=world.device)",
         "total = torch.tensor(values, dtype=torch.float64)",
