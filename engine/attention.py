@@ -26,6 +26,10 @@ from engine.transfer import to_device
 # a call of its own would cost more: little filling, few calls. What fills up a packed sequence is such a short document.
 SHORTEST_IN_CALL, FEW_TOKENS = 0.7, 16
 
+# Bytes of the widest numbers of which torch's kernels let query heads share keys: on GPUs that is FlashAttention, where another kernel would
+# write down all scores.
+GROUPED = {"cpu": 8, "cuda": 2}
+
 # GPUs' capabilities, as (9, 0), on which `engine.bench attention` found the fused kernels faster than torch's: those on which auto takes
 # them. A choice timed at a run's start could fall otherwise when the run goes on, and its bits with it. Nothing is timed yet.
 FASTER: frozenset[tuple[int, int]] = frozenset()
@@ -279,6 +283,9 @@ def _turned(x: Tensor, cosine: Tensor, sine: Tensor, way: int) -> Tensor:
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     gqa, tokens = k.shape[1] != q.shape[1], q.shape[2]
+    if gqa and (q.dtype.itemsize > GROUPED[q.device.type] or (q.is_cuda and varlen_attention.too_old(q.device))):
+        k, v = (x[:, :, None].expand(-1, -1, q.shape[1] // k.shape[1], -1, -1).flatten(1, 2) for x in (k, v))
+        gqa = False
     if window is None or tokens <= window:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
     # Blocks of queries and the keys that any of them sees: the work grows with the window, not with the document.

@@ -175,8 +175,8 @@ class Rehearsal:
 
     @contextmanager
     def _on(self) -> Iterator[None]:
-        """Fakes and meter, and the sizes of chunks that the device has."""
-        tables, masks = (loss.CHUNK_BYTES, adamw_bf16.CHUNK), (attention._visible, cpu_attention._hidden)
+        """Fakes and meter, and what goes by the kind of device."""
+        tables, masks = (loss.CHUNK_BYTES, adamw_bf16.CHUNK, attention.GROUPED), (attention._visible, cpu_attention._hidden)
         own = [table["cpu"] for table in tables]
         try:
             for table in tables:

@@ -21,6 +21,15 @@ import torch
 from types import SimpleNamespace
 from engine import attention, varlen_attention
 torch.use_deterministic_algorithms(True)
+known, shared = torch.nn.functional.scaled_dot_product_attention, set()
+
+
+def noted(q, k, v, **options):
+    shared.add((q.dtype, q.shape[1] != k.shape[1]))
+    return known(q, k, v, **options)
+
+
+torch.nn.functional.scaled_dot_product_attention = noted
 right = varlen_attention.varlen_attention
 
 
@@ -49,6 +58,13 @@ for spoilt in (lambda *given: right(*given) * 1.02, lambda *given: right(*given)
                lambda q, k, v, ends, longest, window: right(q, k, v, ends, longest, None),
                lambda q, k, v, ends, longest, window: right(q, k, v, ends.long(), longest, window)):  # which torch refuses
     assert not taken(spoilt, windows=(None, 30))
+# torch's kernel for single documents is asked to share keys only where FlashAttention will do it: others would write down all scores
+assert shared == {(torch.float64, False), (torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, True), (torch.float16, False)}
+shared.clear()
+capability, torch.cuda.get_device_capability = torch.cuda.get_device_capability, lambda *_: (7, 5)
+packed = attention.PackedAttention([5, 9], torch.device("cuda"))
+packed(0, *(torch.randn(14, count, 16, device="cuda", dtype=torch.float16) for count in (4, 2, 2)))
+assert shared == {(torch.float16, False)}
 print("done")
 """
 
