@@ -95,7 +95,7 @@ def test_the_peak_is_what_the_allocator_gives_out_in_training(recipe, model, tmp
 
     def held() -> None:
         found = planned(arguments)[1]
-        assert 0.96 < found / most < 1.01, (found / MIB, most / MIB)  # kernels take some for themselves
+        assert 0.97 < found / most < 1.01, (found / MIB, most / MIB)  # kernels take some for themselves
 
     forked(held)
 
