@@ -26,17 +26,17 @@ from engine.transfer import to_device
 # a call of its own would cost more: little filling, few calls. What fills up a packed sequence is such a short document.
 SHORTEST_IN_CALL, FEW_TOKENS = 0.7, 16
 
-# Bytes of the widest numbers of which torch's kernels let query heads share keys: on GPUs that is FlashAttention, where another kernel would
-# write down all scores.
-GROUPED = {"cpu": 8, "cuda": 2}
+# Bytes of the widest numbers of which torch's kernels let query heads share keys, and whether with a mask: on GPUs FlashAttention alone does,
+# and where keys are shared without it torch writes down all scores.
+GROUPED = {"cpu": (8, True), "cuda": (2, False)}
 
 # GPUs' capabilities, as (9, 0), on which `engine.bench attention` found the fused kernels faster than torch's: those on which auto takes
 # them. A choice timed at a run's start could fall otherwise when the run goes on, and its bits with it. Nothing is timed yet.
 FASTER: frozenset[tuple[int, int]] = frozenset()
 
-# The lengths on which kernels for packed documents are tried, around their blocks' borders and many short ones, and how far off they may
-# be: times what torch's kernel for single documents is off in the same type.
-TRIED, TRIED_LIMIT = (1, 100, 65, 200, 64, 700, *(1 + number % 5 for number in range(40))), 2.0
+# The lengths on which kernels for packed documents are tried, around their blocks' borders and many short ones; the widest window, which
+# documents must be longer than to feel it; and how far off they may be: times what torch's kernel for single documents is off in the same type.
+TRIED, TRIED_WINDOW, TRIED_LIMIT = (1, 100, 65, 200, 64, 700, *(1 + number % 5 for number in range(40))), 90, 2.0
 PACKED = {"fused": "our kernels", "varlen": "torch's FlashAttention"}  # which take all documents of a batch in one launch
 
 
@@ -59,14 +59,14 @@ def choose(requested: str, device: torch.device, arithmetic: torch.dtype, heads:
     `sdpa`: torch's kernel, documents of like length side by side; `cpu`: ours, likewise; `reference`: a dense mask.
     """
     if requested == "cpu" and device.type != "cpu":
-        raise EngineError("CONFIG-ATTENTION", f"train.attention=cpu: got device {device.type}, expected cpu; set train.attention=auto")
+        raise _refused("cpu", f"got device {device.type}, expected cpu")
     against = []
     for path in PACKED if requested == "auto" and device.type == "cuda" else PACKED.keys() & {requested}:
         good, why = _try(path, device, arithmetic, heads, requested == path)
         if good:
             return path, "; ".join([why, "asked for" if requested == path else "one launch for all documents", *against])
         if requested == path:
-            raise EngineError("CONFIG-ATTENTION", f"train.attention={path}: {why}; set train.attention=auto")
+            raise _refused(path, why)
         against.append(f"not {path}: {why}")
     if requested == "auto" and device.type == "cpu" and arithmetic.itemsize < 4:
         return "cpu", "blocks of documents: torch's kernel for CPUs is slow and less exact in 16 bits"
@@ -79,7 +79,15 @@ def expected(requested: str, arithmetic: torch.dtype, heads: Heads) -> str:
     """The path that `choose` will take on a GPU of today that is not here, where nothing speaks against the kernels."""
     if requested == "auto":
         return "varlen" if varlen_attention.unfit(arithmetic, heads.head_dim) is None else "sdpa"
+    why = {"varlen": varlen_attention.unfit(arithmetic, heads.head_dim), "fused": fused_attention.unfit(arithmetic, heads.head_dim, heads.windows),
+           "cpu": "got device cuda, expected cpu"}.get(requested)
+    if why:
+        raise _refused(requested, why)
     return requested
+
+
+def _refused(path: str, why: str) -> EngineError:
+    return EngineError("CONFIG-ATTENTION", f"train.attention={path}: {why}; set train.attention=auto")
 
 
 def refusal(path: str, device: torch.device, dtype: torch.dtype, head_dim: int, windows: Sequence[int | None] = ()) -> str | None:
@@ -90,7 +98,7 @@ def refusal(path: str, device: torch.device, dtype: torch.dtype, head_dim: int, 
 
 
 def _try(path: str, device: torch.device, dtype: torch.dtype, heads: Heads, asked: bool) -> tuple[bool, str]:
-    """Whether kernels for packed documents do what the model needs, are right at it and, if not `asked` for, fast; and what was found."""
+    """Whether kernels for packed documents do what the model needs, are right at it and, if not `asked` for, timed where they are ours; and what was found."""
     if reason := refusal(path, device, dtype, heads.head_dim, heads.windows):
         return False, reason
     if path == "fused" and not asked and (capability := torch.cuda.get_device_capability(device)) not in FASTER:
@@ -122,7 +130,7 @@ def _still_works(path: str, device: torch.device, error: RuntimeError) -> None:
 
 
 def _trial(path: str, device: torch.device, dtype: torch.dtype, heads: Heads) -> tuple[float, bool]:
-    """A path's `relative_error` on random documents, the largest of those with each of the model's windows, turned by angles or not; and
+    """A path's `relative_error` on random documents, the largest of those with windows as the model has them, turned by angles or not; and
     whether a second run gave the same bits. q, k and v are parts of one projection, as Phi-3's."""
     draw, sizes = torch.Generator().manual_seed(0), (heads.num_attention_heads, heads.num_key_value_heads, heads.num_key_value_heads)
     whole = torch.randn(sum(TRIED), sum(sizes) * heads.head_dim, generator=draw).to(device, dtype)
@@ -131,12 +139,16 @@ def _trial(path: str, device: torch.device, dtype: torch.dtype, heads: Heads) ->
     turns = torch.rand(sum(TRIED), heads.head_dim // 2, generator=draw).to(device) * 2 * math.pi
     packed, alone = (PackedAttention(TRIED, device, one) for one in (path, "sdpa"))
     ratios, same = [], True
-    for window in set(heads.windows):
+    for window in {window and min(window, TRIED_WINDOW) for window in heads.windows}:
         for angles in (None, (turns.cos(), turns.sin())):
             ratios.append(relative_error(packed, alone, q, k, v, grad, window, angles))
             once, again = (_both_ways(packed, dtype, q, k, v, grad, window, angles) for _ in range(2))
             same = same and all(map(torch.equal, once, again))
-    return float(torch.tensor(ratios).max()), same
+    # a lone token goes by code of its own in FlashAttention: what comes out is its value
+    lone = _both_ways(PackedAttention([1], device, path), dtype, q[:1], k[:1], v[:1], grad[:1], None, None)
+    value = v[:1].repeat_interleave(q.shape[1] // v.shape[1], 1)
+    right = float((lone[0] - value).norm() / value.norm()) <= torch.finfo(dtype).eps and all(bool(x.isfinite().all()) for x in lone)
+    return float(torch.tensor([*ratios, 0.0 if right else math.inf]).max()), same
 
 
 def relative_error(path: "PackedAttention", reference: "PackedAttention", q: Tensor, k: Tensor, v: Tensor, grad: Tensor, window: int | None,
@@ -283,10 +295,11 @@ def _turned(x: Tensor, cosine: Tensor, sine: Tensor, way: int) -> Tensor:
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     gqa, tokens = k.shape[1] != q.shape[1], q.shape[2]
-    if gqa and (q.dtype.itemsize > GROUPED[q.device.type] or (q.is_cuda and varlen_attention.too_old(q.device))):
+    masked, (widest, with_mask) = window is not None and tokens > window, GROUPED[q.device.type]
+    if gqa and (q.dtype.itemsize > widest or (masked and not with_mask) or (q.is_cuda and varlen_attention.too_old(q.device))):
         k, v = (x[:, :, None].expand(-1, -1, q.shape[1] // k.shape[1], -1, -1).flatten(1, 2) for x in (k, v))
         gqa = False
-    if window is None or tokens <= window:
+    if not masked:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
     # Blocks of queries and the keys that any of them sees: the work grows with the window, not with the document.
     outputs, size = [], max(window, 128)

@@ -72,7 +72,7 @@ class KeyedDropout(nn.Module):
         return (bits[0] if len(bits) == 1 else torch.cat(bits)).view(x.shape) >= self.dropped - 32768
 
     def _thinned(self, x: Tensor, mask: Tensor) -> Tensor:
-        return torch.where(mask, x, 0).mul_(65536 / (65536 - self.dropped))  # a product would first copy the mask as numbers
+        return torch.where(mask, x, 0).mul_(65536 / (65536 - self.dropped))  # on a CPU a product would first copy the mask as numbers
 
 
 class _Product(torch.autograd.Function):

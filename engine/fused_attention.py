@@ -53,15 +53,18 @@ def tile_list(lengths: Sequence[int]) -> Tensor:
     return torch.from_numpy(tiles.astype(np.int32))
 
 
-def refusal(device: torch.device, dtype: torch.dtype, head_dim: int, windows: Sequence[int | None]) -> str | None:
-    """Why the kernels do not do this; None if they do."""
+def unfit(dtype: torch.dtype, head_dim: int, windows: Sequence[int | None]) -> str | None:
+    """Why the kernels do not do this on any GPU; None if they do."""
     if reason := too_wide(dtype):
         return reason
     if head_dim not in WIDTHS:
         return f"made for heads of {' or '.join(map(str, WIDTHS))}, not {head_dim}"
-    if any(window is not None for window in windows):
-        return "not made for sliding windows"
-    return _missing(device.type) or (too_old(device) if device.type == "cuda" else None)
+    return "not made for sliding windows" if any(window is not None for window in windows) else None
+
+
+def refusal(device: torch.device, dtype: torch.dtype, head_dim: int, windows: Sequence[int | None]) -> str | None:
+    """Why they do not do this there; None if they do."""
+    return unfit(dtype, head_dim, windows) or _missing(device.type) or (too_old(device) if device.type == "cuda" else None)
 
 
 def _missing(kind: str) -> str | None:

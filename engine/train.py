@@ -79,7 +79,8 @@ def main(argv: list[str]) -> int:
         identity = {**config.semantic(cfg), "data": rows.digest, "tokenizer": tokenizer.digest,
                     "weights": weights.identity(model, source, cfg.model.init),
                     "adapter": adapter.digest(Path(cfg.lora.start)) if cfg.lora.start else None}
-        distributed.check_same({**config.shared(cfg), **identity, **rundir.program(), "data.validation": held_out and held_out.digest}, world)
+        distributed.check_same({**config.shared(cfg), **identity, **rundir.program(), "data.validation": held_out and held_out.digest,
+                                "attention in use": attention}, world)
         start, best, counted, seen, owed = distributed.from_first(newest or 0, world), {"step": None, "loss": math.inf}, ledger.Counts(), {}, None
         if start:
             with checkpoint.opened(run / "checkpoints", start, verify=world.local_rank == 0 < world.rank) as saved:  # rank 0 has done it

@@ -15,7 +15,7 @@ import torch
 from conftest import PINNED, ROOT
 from test_resume import result
 
-from engine import errors, rundir, train
+from engine import attention, errors, rundir, train
 from engine.errors import DONE, PEER
 
 STREAMS = [sys.stdout, sys.stderr]  # held: a stream that nobody holds closes its number, also for the one that took its place
@@ -184,7 +184,12 @@ def other_cpu(tmp_path: Path) -> None:
     torch.backends.cpu.get_cpu_capability = lambda: "DEFAULT"
 
 
-@pytest.mark.parametrize("change, name", [(other_code, "engine"), (other_torch, "torch"), (other_cpu, "instruction set of the CPU")])
+def other_attention(tmp_path: Path) -> None:
+    attention.choose = lambda *_: ("reference", "what it would have taken failed here")
+
+
+@pytest.mark.parametrize("change, name", [(other_code, "engine"), (other_torch, "torch"), (other_cpu, "instruction set of the CPU"),
+                                          (other_attention, "attention in use")])
 def test_ranks_of_another_program_do_not_train_together(recipe, ranks, tmp_path, change, name):
     def run() -> int:
         if os.environ["RANK"] == "1":

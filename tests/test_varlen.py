@@ -26,6 +26,7 @@ known, shared = torch.nn.functional.scaled_dot_product_attention, set()
 
 def noted(q, k, v, **options):
     shared.add((q.dtype, q.shape[1] != k.shape[1]))
+    assert "attn_mask" not in options or q.shape[1] == k.shape[1]
     return known(q, k, v, **options)
 
 
@@ -57,7 +58,8 @@ for spoilt in (lambda *given: right(*given) * 1.02, lambda *given: right(*given)
                lambda q, k, v, ends, longest, window: right(q, k, v, ends, longest, window and window - 1),
                lambda q, k, v, ends, longest, window: right(q, k, v, ends, longest, None),
                lambda q, k, v, ends, longest, window: right(q, k, v, ends.long(), longest, window)):  # which torch refuses
-    assert not taken(spoilt, windows=(None, 30))
+    assert not taken(spoilt, windows=(None, 30)) and not taken(spoilt, windows=(None, 4096))
+assert not taken(lambda q, *given: right(q, *given) * (1 if len(q) > 1 else 1.1))  # a lone token
 # torch's kernel for single documents is asked to share keys only where FlashAttention will do it: others would write down all scores
 assert shared == {(torch.float64, False), (torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, True), (torch.float16, False)}
 shared.clear()
@@ -72,7 +74,8 @@ print("done")
 @pytest.mark.parametrize("device", everywhere((), often=((),)))
 def test_it_is_taken_where_it_is_right_and_only_there(device):
     environment = simulated() if device == "simulated" else dict(os.environ)
-    environment = {**environment, "PYTHONPATH": os.pathsep.join(filter(None, [environment.get("PYTHONPATH"), str(ROOT)]))}
+    environment = {**environment, "PYTHONPATH": os.pathsep.join(filter(None, [environment.get("PYTHONPATH"), str(ROOT)])),
+                   "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # as distributed.py sets it
     done = subprocess.run([sys.executable, "-c", ON_A_GPU], capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and done.stdout.endswith("done\n"), done.stdout[-3000:] + done.stderr[-3000:]
 
@@ -89,6 +92,20 @@ def test_what_it_does_not_do_goes_by_single_documents(monkeypatch, heads, dtype,
         attention.choose("varlen", CUDA, dtype, heads)
     with pytest.raises(EngineError, match="train.attention=varlen: made for CUDA devices, not cpu; set"):
         attention.choose("varlen", CPU, dtype, heads)
+
+
+def test_a_plan_takes_the_path_that_a_run_will_take_or_refuses_it():
+    def heads(width: int = 64, window: int | None = None) -> SimpleNamespace:
+        return SimpleNamespace(num_attention_heads=4, num_key_value_heads=2, head_dim=width, windows=(window,))
+
+    taken = [attention.expected(*given) for given in (("auto", BF16, heads(window=9)), ("auto", torch.float32, heads()), ("auto", BF16, heads(36)),
+                                                      ("fused", BF16, heads()), ("sdpa", BF16, heads()), ("reference", BF16, heads()))]
+    assert taken == ["varlen", "sdpa", "sdpa", "fused", "sdpa", "reference"]
+    for path, dtype, given, reason in (("fused", BF16, heads(window=9), "not made for sliding windows"),
+                                       ("cpu", BF16, heads(), "got device cuda, expected cpu"),
+                                       ("varlen", torch.float32, heads(), "made for bf16 and fp16, not float32")):
+        with pytest.raises(EngineError, match=f"train.attention={path}: {reason}; set train.attention=auto"):
+            attention.expected(path, dtype, given)
 
 
 def test_equal_bits_are_asked_of_it_only_where_the_run_does(monkeypatch):

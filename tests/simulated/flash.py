@@ -17,6 +17,7 @@ def install() -> None:
 def forward(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, key_ends: Tensor, longest: int, longest_keys: int, dropout: float, causal: bool, debug: bool, *,
             scale: float | None = None, window_size_left: int | None = None, window_size_right: int | None = None) -> tuple[Tensor, ...]:
     documents = Documents(q, k, v, ends, key_ends, longest, longest_keys, dropout, causal, scale, window_size_left, window_size_right)
+    need(not debug, "no debug mask without dropout")
     out, lse = torch.empty_like(q), q.new_empty(q.shape[1], len(q), dtype=torch.float32)
     for rows, (one_q, one_k, one_v), hidden in documents:
         scores = (one_q @ one_k.mT * documents.scale).masked_fill(hidden, -torch.inf)
@@ -30,6 +31,7 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Te
              dropout: float, causal: bool, seed: Tensor, unused: Tensor, *, scale: float | None = None, window_size_left: int | None = None,
              window_size_right: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     documents = Documents(q, k, v, ends, key_ends, longest, longest_keys, dropout, causal, scale, window_size_left, window_size_right)
+    need(grad.dtype == out.dtype == q.dtype and lse.dtype == torch.float32, "a gradient of the output's type")
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     for rows, (one_q, one_k, one_v), hidden in documents:
         one_grad, one_out = (beneath(x)[rows].float().transpose(0, 1) for x in (grad, out))
@@ -52,7 +54,8 @@ class Documents:
         need(all(x.dtype in NARROW and x.dtype == q.dtype for x in (q, k, v)), "bf16 or fp16, all alike")
         need(all(x.stride(-1) == 1 and x.shape[-1] == q.shape[-1] and x.shape[-1] % 8 == 0 and x.shape[-1] <= 256 for x in (q, k, v)), "heads end to end")
         need(q.shape[1] % k.shape[1] == 0 and k.shape == v.shape and len(k) == len(q), "keys that heads can share")
-        need(ends.dtype == torch.int32 and ends.device == q.device and torch.equal(beneath(ends), beneath(key_ends)), "int32 ends on the same GPU")
+        need(ends.dtype == torch.int32 and ends.device == q.device and ends.is_contiguous(), "int32 ends on the same GPU, end to end")
+        need(torch.equal(beneath(ends), beneath(key_ends)), "keys of the same documents")
         # a kernel does as many blocks as the longest document is said to have, and what it leaves out stays as memory held it
         need(longest == longest_keys == max(b - a for a, b in pairwise(borders)) and borders[0] == 0 and borders[-1] == len(q), "ends of these tokens")
         need(dropout == 0, "no dropout")
