@@ -98,7 +98,7 @@ def refusal(path: str, device: torch.device, dtype: torch.dtype, head_dim: int, 
 
 
 def _try(path: str, device: torch.device, dtype: torch.dtype, heads: Heads, asked: bool) -> tuple[bool, str]:
-    """Whether kernels for packed documents do what the model needs, are right at it and, if not `asked` for, timed where they are ours; and what was found."""
+    """Whether one of PACKED does what the model needs, is right at it and, of our kernels if not `asked` for, is known to be faster; and what was found."""
     if reason := refusal(path, device, dtype, heads.head_dim, heads.windows):
         return False, reason
     if path == "fused" and not asked and (capability := torch.cuda.get_device_capability(device)) not in FASTER:
@@ -183,7 +183,7 @@ class PackedAttention:
 
     Args:
         lengths: tokens of each document, in the order in which they lie in the flat dimension.
-        path: "sdpa", "cpu", "fused", "varlen" or "reference", as `choose` returned it. By sdpa goes what is not in 16 bits, where that is asked for.
+        path: "sdpa", "cpu", "fused", "varlen" or "reference", as `choose` returned it. Where it is one of PACKED, what is not in 16 bits goes by sdpa.
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device, path: str = "sdpa") -> None:
